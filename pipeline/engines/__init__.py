@@ -1,0 +1,105 @@
+"""The table of engines: for each name, how its prompts are encoded and how it is opened."""
+# pyright: basic
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from pipeline.plan.plan import Plan
+from pipeline.records import Engine, Prompt, Rejection, Request
+from pipeline.spec.keys import JobSpec
+
+if TYPE_CHECKING:
+    from pipeline.facts.model_facts import ModelFacts
+    from pipeline.prompting.encoder import PromptEncoder
+
+Report = Callable[[str], None]  # takes a sentence for the user
+
+_ECHO_CONTEXT_LENGTH = 1 << 20
+
+
+class Encoder(Protocol):
+    """Prompts to requests, and to the text that a model would see."""
+
+    def encode(self, prompt: Prompt) -> Request | Rejection: ...
+
+    def render(self, prompt: Prompt) -> str | Rejection: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineChoice:
+    """One way to generate. `encoder` is cheap and raises SpecError for what the model cannot do; `open` loads."""
+
+    encoder: Callable[[], Encoder]
+    open: Callable[[Report], tuple[Engine, float]]  # and the seconds it took to load
+
+
+def choose_engine(spec: JobSpec, plan: Plan, facts: ModelFacts | None) -> EngineChoice:
+    """The engine that the plan names; only one without a model does without `facts`."""
+    if plan.engine == "echo":
+        return _echo(spec, plan)
+    assert facts is not None
+    return _transformers(spec, plan, facts.architecture.context_length)
+
+
+def _echo(spec: JobSpec, plan: Plan) -> EngineChoice:
+    from pipeline.engines.echo import EchoEngine, Misbehaviour
+    from pipeline.prompting.encoder import BytesEncoder
+
+    echo = spec.model.echo
+    misbehaviour = Misbehaviour(echo.delay, echo.fail_every, echo.crash_at, echo.oom_at, echo.hang_at)
+    return EngineChoice(
+        encoder=lambda: BytesEncoder(context_length=_ECHO_CONTEXT_LENGTH, over_length=spec.input.over_length),
+        open=lambda _report: (EchoEngine(slots=plan.slots, misbehaviour=misbehaviour), 0.0),
+    )
+
+
+def _transformers(spec: JobSpec, plan: Plan, context_length: int) -> EngineChoice:
+    from functools import cache
+    from pathlib import Path
+
+    assert plan.model_dir is not None
+    model_dir = Path(plan.model_dir)
+
+    @cache
+    def tokenizer():
+        from pipeline.prompting.encoder import load_tokenizer
+
+        return load_tokenizer(model_dir, trust_remote_code=plan.trust_remote_code)
+
+    @cache
+    def encoder() -> PromptEncoder:
+        from pipeline.prompting.encoder import PromptEncoder
+
+        return PromptEncoder(
+            tokenizer(),
+            context_length=context_length,
+            thinking_mode=spec.thinking.mode,
+            chat_template=spec.input.chat_template,
+            over_length=spec.input.over_length,
+            allow_control_tokens=spec.input.allow_control_tokens,
+        )
+
+    def open_(report: Report) -> tuple[Engine, float]:
+        from pipeline.engines.transformers import TransformersEngine
+        from pipeline.loading import load_model
+
+        began = time.perf_counter()
+        loaded = load_model(plan)
+        engine = TransformersEngine(
+            loaded.model,
+            tokenizer(),
+            thinking=encoder().thinking,
+            slots=plan.slots,
+            cache_tokens=plan.cache_tokens,
+            window=4 * plan.slots,
+            report=report,
+        )
+        if plan.slots > 1:
+            engine.self_check()
+        return engine, time.perf_counter() - began
+
+    return EngineChoice(encoder=encoder, open=open_)

@@ -1,0 +1,223 @@
+"""The composition root: the only module that knows all the parts of a run and puts them together."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import __version__
+from pipeline.errors import EXIT_OK, EXIT_SOME_FAILED, MachineError, Problem, StoppedError
+from pipeline.ledger.identity import Identity
+from pipeline.ledger.ledger import Ledger
+from pipeline.ledger.recovery import find_finished
+from pipeline.output import render
+from pipeline.progress import Preparation, Progress
+from pipeline.records import Json, Prompt, Rejection
+from pipeline.runner import Runner
+from pipeline.source.inputs import InputFile, expand_inputs
+from pipeline.source.line_parser import LineParser
+from pipeline.source.lines import InputDigest, digest_inputs, read_lines
+from pipeline.spec.fingerprint import fingerprint, fingerprint_fields
+from pipeline.spec.keys import JobSpec
+from pipeline.stop import Stop
+from pipeline.summary import Session, Tally, summarize
+
+if TYPE_CHECKING:
+    from pipeline.engines import EngineChoice
+    from pipeline.facts.model_facts import ModelFacts
+    from pipeline.machine import Machine
+    from pipeline.plan.plan import Plan, PromptStats
+
+Say = Callable[[str], None]
+
+_TOLD_DECISIONS = ("load strategy", "dtype", "weights", "slots")  # of the plan, at the start of a run
+_LIBRARIES = ("torch", "transformers", "auto-round", "tokenizers", "safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended: exit code 0, 3 (some lines are answered with an error) or 75 (stopped; the same resumes)."""
+
+    exit_code: int
+    output: Path
+    summary: Mapping[str, Json] | None  # of a finished run
+
+
+def run_job(
+    spec: JobSpec, *, limit: int | None = None, fresh: bool = False, quiet: bool = False, stop: Stop | None = None
+) -> Outcome:
+    """Answer every prompt of the job's input that has no answer yet, and publish when all have one.
+
+    `limit` runs only the first items; `fresh` moves the files of an earlier run aside. Raises an OvernightError for
+    whatever keeps the run from starting or going on; what was acknowledged stays, and the same call resumes. Signals
+    and `stop` end the run in good order.
+    """
+    from pipeline.loading import apply_environment
+
+    say = _silence if quiet else say_to_stderr
+    stop = stop or Stop(time_limit_s=spec.run.time_limit)
+    with stop.signals():
+        files = tuple(expand_inputs(spec.input.path))
+        parser = LineParser(spec)
+        output = Path(spec.output.path)
+        identity = _identity(spec, files, limit)
+        if not fresh and (summary := find_finished(output, identity, resume=spec.run.resume)) is not None:
+            say(f"{output} is finished already; nothing was done")
+            return _finished(output, summary)
+        with stop.interrupting():
+            facts, model = locate_model(spec, say, quiet=quiet)
+            plan, choice = prepare(spec, facts)
+            if plan.not_available:
+                raise MachineError(Problem(f"not available yet: {plan.not_available}", field="model.load_strategy"))
+            apply_environment(plan)
+            encoder = choice.encoder()
+        with Ledger.open(output, replace(identity, model=model), resume=spec.run.resume, fresh=fresh) as ledger:
+            if not ledger.is_complete:
+                _say_beginning(ledger, plan, output, say)
+                try:
+                    with stop.interrupting():
+                        engine, load_s = choice.open(say)
+                except StoppedError:
+                    ledger.close("stopped")
+                    raise
+                ledger.loaded(load_s)
+                progress = Progress(ledger.num_answers, ledger.tally, quiet=quiet)
+                with closing(progress), closing(engine):
+                    runner = Runner(
+                        encode=encoder.encode,
+                        engine=engine,
+                        ledger=ledger,
+                        render=partial(render, keep_fields=spec.output.keep_fields),
+                        num_samples=spec.generation.num_samples,
+                        stop=stop,
+                        observe=progress.show,
+                    )
+                    runner.run(_open_prompts(spec, parser, files, ledger, limit))
+            if not ledger.is_complete:
+                ledger.close("time_limit" if stop.reason == "time_limit" else "stopped")
+                say(f"stopped ({stop.reason}); run the same command again to resume")
+                return Outcome(StoppedError.exit_code, output, None)
+            told = _summary_facts(spec, plan, ledger.input_sha256)
+
+            def conclude(tally: Tally, sessions: Sequence[Session], output_sha256: str) -> Mapping[str, Json]:
+                return summarize(tally, sessions, {**told, "output_sha256": output_sha256})
+
+            summary = ledger.publish(conclude, summary_line=spec.output.summary_line)
+    _say_end(output, summary, say)
+    return _finished(output, summary)
+
+
+def locate_model(spec: JobSpec, say: Say, *, quiet: bool) -> tuple[ModelFacts | None, str | None]:
+    """The facts of the job's model, found, made or downloaded as need be, and what identifies its content.
+
+    None and None for an engine without a model. Raises as `find_model` and `read_facts` do.
+    """
+    facts = _read_facts(spec, say, config_only=False, quiet=quiet)
+    if facts is None:
+        return None, None
+    from pipeline.loading.resolve import model_identity
+
+    return facts, model_identity(Path(facts.directory), trust_remote_code=spec.model.trust_remote_code)
+
+
+def locate_config(spec: JobSpec, say: Say) -> ModelFacts | None:
+    """The facts of the job's model as far as a plan needs them: of a hub model no weights are downloaded."""
+    return _read_facts(spec, say, config_only=True, quiet=False)
+
+
+def _read_facts(spec: JobSpec, say: Say, *, config_only: bool, quiet: bool) -> ModelFacts | None:
+    if spec.model.engine == "echo":
+        return None
+    from pipeline.facts.model_facts import read_facts
+    from pipeline.loading.resolve import find_model
+
+    with closing(Preparation(quiet=quiet)) as preparation:
+        directory = find_model(spec.model, config_only=config_only, report=say, progress=preparation)
+    return read_facts(directory, trust_remote_code=spec.model.trust_remote_code)
+
+
+def prepare(
+    spec: JobSpec, facts: ModelFacts | None, *, machine: Machine | None = None, stats: PromptStats | None = None
+) -> tuple[Plan, EngineChoice]:
+    """Decide how the job runs here (or on `machine`), before anything heavy is loaded."""
+    from pipeline.engines import choose_engine
+    from pipeline.plan.plan import make_plan
+    from pipeline.probe import probe_machine
+
+    plan = make_plan(spec, machine or probe_machine(), facts, stats)
+    return plan, choose_engine(spec, plan, facts)
+
+
+def _identity(spec: JobSpec, files: tuple[InputFile, ...], limit: int | None) -> Identity:
+    def measure(prefix_bytes: int | None) -> InputDigest:
+        digest = digest_inputs(files, prefix_bytes=prefix_bytes, max_bytes=spec.input.max_bytes)
+        return digest if limit is None else replace(digest, num_items=min(limit, digest.num_items))
+
+    fields = {**fingerprint_fields(spec), "--limit": limit}
+    return Identity(fields, spec.generation.num_samples, files, measure)
+
+
+def _open_prompts(
+    spec: JobSpec, parser: LineParser, files: Sequence[InputFile], ledger: Ledger, limit: int | None
+) -> Iterator[Prompt | Rejection]:
+    """The prompts that still lack an answer; lines already answered are passed over unparsed."""
+    lines = read_lines(files, max_line_bytes=spec.input.max_line, stop=limit, next_wanted=ledger.next_unanswered_item)
+    return map(parser.parse, lines)
+
+
+def _summary_facts(spec: JobSpec, plan: Plan, input_sha256: str) -> dict[str, Json]:
+    return {
+        "job": spec.name,
+        "engine": plan.engine,
+        "load_strategy": plan.load_strategy,
+        "spec_fingerprint": fingerprint(spec),
+        "input_sha256": input_sha256,
+        "versions": _versions(plan.engine),
+    }
+
+
+def _versions(engine: str) -> dict[str, str]:
+    import platform
+    from importlib.metadata import version
+
+    libraries = () if engine == "echo" else _LIBRARIES
+    ours = {"overnight": __version__, "python": platform.python_version()}
+    return ours | {name: version(name) for name in libraries}
+
+
+def _finished(output: Path, summary: Mapping[str, Json]) -> Outcome:
+    return Outcome(EXIT_SOME_FAILED if summary["failed"] else EXIT_OK, output, summary)
+
+
+def _say_beginning(ledger: Ledger, plan: Plan, output: Path, say: Say) -> None:
+    done = ledger.tally.completed + ledger.tally.failed
+    if done:
+        say(f"resuming {output}: {done} of {ledger.num_answers} answers are there")
+    for decision in plan.decisions:
+        if decision.name in _TOLD_DECISIONS:
+            say(f"{decision.name}: {decision.value} ({decision.reason})")
+
+
+def _say_end(output: Path, summary: Mapping[str, Any], say: Say) -> None:
+    failed = f", {summary['failed']} failed" if summary["failed"] else ""
+    say(
+        f"{summary['completed']} answers{failed} in {summary['duration']:.1f} s of generation "
+        f"(and {summary['load_s']:.1f} s of loading): {summary['output_throughput']:.1f} output tokens/s, "
+        f"{summary['request_throughput']:.2f} answers/s"
+    )
+    say(f"answers: {output}")
+
+
+def say_to_stderr(text: str) -> None:
+    """One line of talk for the user."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def _silence(_text: str) -> None:
+    pass

@@ -1,0 +1,1 @@
+"""Every byte that a run writes."""

@@ -1,0 +1,207 @@
+"""What a run's journal says has happened: the fold of its records, in the order in which they were written.
+
+The ledger applies each record that it writes to the same fold, so that a run that goes on and a run that is read back
+know the same. The kinds of record, and their fields beside `kind`:
+
+    header      version, fields (of the job, dotted), num_samples, input: sha256, num_bytes, num_items, files
+    input       input, as in the header: the input grew at its end
+    session     started_at (Unix time): a process took up the run
+    loaded      load_s: it has loaded the model; generation time counts from here
+    admit       numbers: about to be handed to the engine
+    commit      start, end, sha256 of a group in the partial file; numbers of its lines in their order; failed: those
+                answered with an error; tally; elapsed_s, the session's generation time so far
+    unfinished  answers: [number, kept, token ids] each: the ids that follow the first `kept` known ones; elapsed_s
+    end         ended, elapsed_s: the session ended in good order
+    publish     sha256 and num_bytes of the output that is about to appear; summary; input as it is now; elapsed_s
+
+The number of an answer is index * num_samples + sample; `numbers` are runs as `journal.write_runs` writes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from pipeline.ledger.identity import Header, input_from_record, input_to_record
+from pipeline.ledger.journal import Record, damaged, read_first_and_last, read_journal, read_runs, unreadable
+from pipeline.records import Json
+from pipeline.source.lines import InputDigest
+from pipeline.summary import Session, Tally
+
+VERSION = 1
+ANSWERED, FAILED = 1, 2  # in History.done
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """The output that the run has decided on; from then on this and no other file may have its name."""
+
+    sha256: str
+    num_bytes: int
+    summary: Mapping[str, Json]
+
+
+@dataclass(slots=True)
+class History:
+    """The state of a run. `apply` is its only way to change; all else reads."""
+
+    header: Header
+    done: bytearray  # for each number 0, ANSWERED or FAILED
+    num_done: int = 0
+    committed_bytes: int = 0  # of the partial file
+    tally: Tally = field(default_factory=Tally)
+    sessions: list[Session] = field(default_factory=list[Session])
+    admitted: set[int] = field(default_factory=set[int])  # by the last session, and not answered
+    suspects: set[int] = field(default_factory=set[int])  # in flight when a session died, and not answered since
+    unfinished: dict[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
+    published: list[Published] = field(default_factory=list[Published])
+    is_published: bool = False  # nothing has happened since the last of these
+
+    @property
+    def is_complete(self) -> bool:
+        return self.num_done == len(self.done)
+
+    def apply(self, record: Record) -> None:
+        """Raises KeyError, TypeError or ValueError for a record that makes no sense here."""
+        match record["kind"]:
+            case "input":
+                self._input(record)
+            case "session":
+                self._session(record)
+            case "loaded":
+                self.sessions[-1] = replace(self.sessions[-1], load_s=record["load_s"])
+            case "admit":
+                self.admitted.update(read_runs(record["numbers"]))
+            case "commit":
+                self._commit(record)
+            case "unfinished":
+                self._unfinished(record)
+            case "end":
+                self._ended(record)
+            case "publish":
+                self._publish(record)
+            case kind:
+                raise ValueError(f"a record of the unknown kind {kind!r}, of a newer version of overnight")
+
+    def _input(self, record: Record) -> None:
+        header = replace(self.header, input=input_from_record(record["input"]))
+        more = header.num_answers - len(self.done)
+        if more < 0:
+            raise ValueError("the input shrank")
+        self.header = header
+        self.done.extend(bytes(more))
+        self.is_published = False
+
+    def _session(self, record: Record) -> None:
+        if self.sessions and self.sessions[-1].ended == "running":
+            self._end("killed")
+            self.suspects |= self.admitted
+        self.admitted.clear()
+        self.sessions.append(Session(record["started_at"], 0.0, 0.0, 0, "running"))
+
+    def _commit(self, record: Record) -> None:
+        start, end, tally = record["start"], record["end"], Tally.from_json(record["tally"])
+        if start != self.committed_bytes or end <= start:
+            raise ValueError(f"bytes {start} to {end} do not follow byte {self.committed_bytes}")
+        done, numbers = self.done, read_runs(record["numbers"])
+        for number in numbers:
+            if done[number]:
+                raise ValueError(f"number {number} is answered twice")
+            done[number] = ANSWERED
+        for number in read_runs(record["failed"]):
+            done[number] = FAILED
+        self.num_done += len(numbers)
+        self.committed_bytes = end
+        self.tally.merge(tally)
+        session = self.sessions[-1]
+        completed = session.completed + tally.completed
+        self.sessions[-1] = replace(session, completed=completed, duration=record["elapsed_s"])
+        self.admitted = self._without_answered(self.admitted)
+        self.suspects = self._without_answered(self.suspects)
+        for number in [number for number in self.unfinished if self.done[number]]:
+            del self.unfinished[number]
+
+    def _unfinished(self, record: Record) -> None:
+        for number, kept, token_ids in record["answers"]:
+            self.unfinished[number] = self.unfinished.get(number, ())[:kept] + tuple(token_ids)
+        self._elapsed(record)
+
+    def _ended(self, record: Record) -> None:
+        self._elapsed(record)
+        self._end(record["ended"])
+        if record["ended"] == "failed":
+            self.suspects |= self.admitted
+        self.admitted.clear()
+
+    def _publish(self, record: Record) -> None:
+        self._elapsed(record)
+        self._end("finished")
+        self.published.append(Published(record["sha256"], record["num_bytes"], record["summary"]))
+        self.is_published = True
+
+    def _elapsed(self, record: Record) -> None:
+        self.sessions[-1] = replace(self.sessions[-1], duration=record["elapsed_s"])
+
+    def _end(self, ended: str) -> None:
+        self.sessions[-1] = replace(self.sessions[-1], ended=ended)
+
+    def _without_answered(self, numbers: set[int]) -> set[int]:
+        return {number for number in numbers if not self.done[number]}
+
+
+def publish_record(published: Published, digest: InputDigest) -> Record:
+    return {
+        "kind": "publish",
+        "sha256": published.sha256,
+        "num_bytes": published.num_bytes,
+        "summary": published.summary,
+        "input": input_to_record(digest),
+    }
+
+
+def _begin(record: Record) -> History:
+    if record["kind"] != "header":
+        raise ValueError("this is no journal of overnight")
+    if record["version"] != VERSION:
+        raise ValueError(f"a journal of version {record['version']}, and this program knows version {VERSION}")
+    header = Header.from_record(record)
+    return History(header, bytearray(header.num_answers))
+
+
+def replay(path: Path) -> tuple[History, int]:
+    """The history that the journal at `path` tells, and how many bytes of the file tell it; the rest is a torn tail.
+
+    Raises DataError where the file cannot be read, is damaged, no journal, or of another version.
+    """
+    history: History | None = None
+    end = 0
+    try:
+        for record, line_end in read_journal(path):
+            if history is None:
+                history = _begin(record)
+            else:
+                history.apply(record)
+            end = line_end
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise damaged(path, f"the record at byte {end} cannot be used: {error}") from error
+    if history is None:
+        raise damaged(path, "has no readable first line")
+    return history, end
+
+
+def read_published(path: Path) -> tuple[Header, Published] | None:
+    """What a published run was and decided on, from the first and the last line of its journal alone.
+
+    For a run of millions, where `replay` takes seconds. None where the last line does not say so.
+    """
+    try:
+        first, last = read_first_and_last(path)
+        if first["kind"] != "header" or first["version"] != VERSION or last["kind"] != "publish":
+            return None
+        header = replace(Header.from_record(first), input=input_from_record(last["input"]))
+        return header, Published(last["sha256"], last["num_bytes"], last["summary"])
+    except (OSError, KeyError, TypeError, ValueError):
+        return None

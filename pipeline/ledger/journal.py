@@ -1,0 +1,137 @@
+"""The journal's lines: one record each, with a CRC, and the rule that tells a torn tail from damage.
+
+A line is `CRC SYNCED JSON\\n`: the CRC-32 of the rest as eight hexadecimal digits; the number of journal bytes that
+were known to be on the disk when the line was written; the record, an object of ASCII JSON with a `kind`.
+
+A crash may leave any part of what was not yet synced, in any order: the last line torn, or NULs for a line and the one
+after it whole. So a bad line ends the journal, and all from there on is cut, unless a whole line after it tells that
+the bad one had been synced: then the file was damaged later, and nothing may be cut from it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import DataError, Problem
+from pipeline.ledger.files import GrowingFile
+
+Record = dict[str, Any]
+
+_CRC_CHARS = 8
+_TAIL_BYTES = 1 << 16
+
+
+def encode_line(record: Mapping[str, Any], synced: int) -> bytes:
+    """One line of the journal. Raises ValueError for what JSON cannot say (NaN, infinity)."""
+    text = json.dumps(record, separators=(",", ":"), allow_nan=False)
+    body = f"{synced} {text}".encode("ascii")
+    return b"%08x %s\n" % (zlib.crc32(body), body)
+
+
+def decode_line(line: bytes) -> tuple[Record, int] | None:
+    """The record and the SYNCED of a line with its line end; None where it is not whole."""
+    body = line[_CRC_CHARS + 1 : -1]
+    if line != b"%08x %s\n" % (zlib.crc32(body), body):
+        return None
+    synced, _, text = body.partition(b" ")
+    try:
+        return json.loads(text), int(synced)
+    except ValueError:
+        return None
+
+
+def read_journal(path: Path) -> Iterator[tuple[Record, int]]:
+    """The records of the longest whole beginning of the file, each with the offset at which its line ends.
+
+    Raises DataError at the end of that beginning where what follows is no torn tail but damage.
+    """
+    with path.open("rb") as file:
+        end = 0
+        for line in file:
+            decoded = decode_line(line)
+            if decoded is None:
+                break
+            record, synced = decoded
+            if synced > end:
+                raise damaged(path, f"lines are missing before byte {end}")
+            end += len(line)
+            yield record, end
+        # Whatever is left follows a bad line.
+        for line in file:
+            decoded = decode_line(line)
+            if decoded is not None and decoded[1] > end:
+                raise damaged(path, f"the line at byte {end} is damaged, and lines after it are not")
+
+
+def read_first_and_last(path: Path) -> tuple[Record, Record]:
+    """The records of the first and the last line. Raises ValueError where one is not whole; OSError."""
+    with path.open("rb") as file:
+        first = decode_line(file.readline())
+        tail, size = b"", file.seek(0, os.SEEK_END)
+        # The last line, from the line end before it.
+        while tail.count(b"\n") < 2 and len(tail) < size:
+            file.seek(max(0, size - 2 * len(tail) - _TAIL_BYTES))
+            tail = file.read()
+        last = decode_line(tail[tail.rfind(b"\n", 0, -1) + 1 :])
+    if first is None or last is None:
+        raise ValueError("a line is not whole")
+    return first[0], last[0]
+
+
+def damaged(path: Path, what: str) -> DataError:
+    """The refusal of a file of the run that no crash of ours can have left so."""
+    advice = "restore the file, or start the run anew with --fresh, which moves its files aside"
+    return DataError(Problem(f"{what}; {advice}", file=str(path)))
+
+
+def unreadable(path: Path, error: OSError) -> DataError:
+    """The refusal of a file of the run that the system does not let us read."""
+    return damaged(path, f"cannot be read: {error.strerror}")
+
+
+class Journal:
+    """Appends records; what is appended is on the disk after the next `sync`."""
+
+    def __init__(self, file: GrowingFile) -> None:
+        self.file = file
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Raises WriteError."""
+        self.file.append(encode_line(record, self.file.synced))
+
+    def sync(self) -> None:
+        """Raises WriteError."""
+        self.file.sync()
+
+
+def write_runs(numbers: Iterable[int]) -> str:
+    """Numbers in their order as text, consecutive ones drawn together: 4 5 6 9 2 → `4-6 9 2`."""
+    runs: list[str] = []
+    first = last = -2
+    for number in numbers:
+        if number == last + 1:
+            last = number
+            continue
+        if last >= 0:
+            runs.append(str(first) if first == last else f"{first}-{last}")
+        first = last = number
+    if last >= 0:
+        runs.append(str(first) if first == last else f"{first}-{last}")
+    return " ".join(runs)
+
+
+def read_runs(text: str) -> list[int]:
+    """The inverse of `write_runs`. Raises ValueError."""
+    numbers: list[int] = []
+    for run in text.split():
+        if "-" in run:
+            first, _, last = run.partition("-")
+            numbers.extend(range(int(first), int(last) + 1))
+        else:
+            numbers.append(int(run))
+    return numbers

@@ -1,0 +1,141 @@
+"""How weights get onto devices: the loader that a plan asks for, and what every loader has to answer for."""
+# pyright: basic
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import MachineError, NotFoundError, Problem, SpecError
+from pipeline.facts.checkpoint import Checkpoint, open_checkpoint
+from pipeline.loading.quiet import quiet_libraries
+from pipeline.loading.stock import load_stock
+from pipeline.loading.unpack import load_unpacked
+from pipeline.plan.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to generate, and what it took to get there."""
+
+    model: torch.nn.Module  # evaluation mode
+    device: str
+    load_s: float  # libraries included
+    weight_bytes: int  # of parameters and buffers, as they lie in memory
+    peak_host_bytes: int  # most memory that this process has held so far
+    peak_gpu_bytes: int
+
+
+def apply_environment(plan: Plan) -> None:
+    """Set what the plan decided for the libraries' own settings; early, for most read them when they are imported."""
+    os.environ.update(plan.environment)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(plan.num_threads)
+
+
+def load_model(plan: Plan, *, show_progress: bool = False) -> LoadedModel:
+    """Load the plan's model as the plan says, in silence but for a bar if wanted.
+
+    Raises before anything is loaded: MachineError where the plan needs what is not built yet, NotFoundError and
+    SpecError for files that are incomplete or may not be loaded. After: NotFoundError for weights that are not those of
+    the configuration, MachineError where memory runs out all the same or a library is missing.
+    """
+    started = time.monotonic()
+    checkpoint = _open(plan)
+    apply_environment(plan)
+    import torch
+
+    torch.set_num_threads(plan.num_threads)
+    _check_type(plan, checkpoint)
+    with quiet_libraries(show_progress=show_progress), _explained(checkpoint.directory):
+        model, info = _LOADERS[plan.weights](plan, checkpoint)
+    _check_complete(checkpoint.directory, info)
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
+    on_gpu = plan.device.startswith("cuda")
+    return LoadedModel(
+        model=model.eval(),
+        device=plan.device,
+        load_s=time.monotonic() - started,
+        weight_bytes=sum(tensors.values()),
+        peak_host_bytes=_peak_host_bytes(),
+        peak_gpu_bytes=torch.cuda.max_memory_allocated(plan.device) if on_gpu else 0,
+    )
+
+
+def _load_unpacked(plan: Plan, checkpoint: Checkpoint) -> tuple[torch.nn.Module, dict[str, set[str]]]:
+    import torch
+
+    return load_unpacked(checkpoint, getattr(torch, plan.dtype))
+
+
+# By the form of the weights: both put the whole model on one device. Experts on another will be a third.
+_LOADERS = {"packed": load_stock, "unpacked": _load_unpacked}
+
+
+def _open(plan: Plan) -> Checkpoint:
+    if plan.model_dir is None:
+        raise ValueError(f"engine {plan.engine} has no model to load")
+    if plan.not_available:
+        raise MachineError(Problem(f"not available yet: {plan.not_available}", field="model.load_strategy"))
+    checkpoint = open_checkpoint(Path(plan.model_dir), trust_remote_code=plan.trust_remote_code)
+    if not checkpoint.shards:
+        message = "has a configuration but no weights (model.safetensors); download them too"
+        raise NotFoundError(Problem(message, plan.model_dir, field="model.path"))
+    return checkpoint
+
+
+def _check_type(plan: Plan, checkpoint: Checkpoint) -> None:
+    import transformers
+
+    model_type = checkpoint.config.get("model_type")
+    if model_type not in transformers.CONFIG_MAPPING and not plan.trust_remote_code:
+        message = (
+            f"transformers {transformers.__version__} does not know models of type {model_type!r}; a newer one may"
+        )
+        raise SpecError(Problem(message, str(checkpoint.directory), field="model.path"))
+
+
+def _check_complete(directory: Path, info: Mapping[str, Any]) -> None:
+    """Weights that are missing would be made up at random, with no more than a warning."""
+    wrong = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
+    if wrong:
+        message = (
+            f"the weights do not fit the configuration: {len(wrong)} are missing or of other shape, {wrong[0]} first"
+        )
+        raise NotFoundError(Problem(message, str(directory), field="model.path"))
+
+
+@contextlib.contextmanager
+def _explained(directory: Path) -> Iterator[None]:
+    """What may go wrong inside the libraries, in our words."""
+    import torch
+
+    place = str(directory)
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        message = f"memory ran out while loading: {error}"
+        raise MachineError(Problem(message, place, field="model.load_strategy")) from None
+    except ImportError as error:
+        raise MachineError(Problem(f"loading needs a library that is not here: {error}", place)) from None
+    except RuntimeError as error:
+        if "size mismatch" not in str(error) and "ignore_mismatched_sizes" not in str(error):
+            raise
+        message = "the weights do not fit the configuration: some are of other shape"
+        raise NotFoundError(Problem(message, place, field="model.path")) from None
+
+
+def _peak_host_bytes() -> int:
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,1 @@
+"""What was decided for a run, and the memory that decides it."""

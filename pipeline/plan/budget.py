@@ -1,0 +1,150 @@
+"""Memory that a placement of a model needs, part by part, and how many sequences what is left of it holds; pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from pipeline.facts.model_facts import EXPERTS, ModelFacts
+
+Device: TypeAlias = Literal["host", "gpu"]
+LoadStrategy: TypeAlias = Literal["no-gpu", "min-gpu", "max-gpu"]
+
+MAX_SLOTS = 64  # beyond this a bounded batch gains little: its rows wait for the longest of them
+_MIB = 1 << 20
+# Measured on Linux: the interpreter with torch and transformers imported; the CUDA libraries and the context on top.
+_RUNTIME_BYTES = {"host": 700 * _MIB, "gpu": 600 * _MIB}
+_CUDA_HOST_BYTES = 2048 * _MIB
+# Measured peaks of a prefill (a Llama and a Qwen3-Next, 2 to 16 rows of 256 to 1024 tokens) are 1.8 to 2.1 times what
+# is alive in the widest layer at once: what a layer frees is not given back in time for the next.
+_WORK_FACTOR = 2
+_LOGIT_BYTES = 2 * 4  # float32 scores, and the copy that sampling works on
+_LIBRARIES = "libraries"
+_CACHE = "context cache"
+_STATE = "recurrent state"
+_WORK = "working memory"
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a model's weights go, and in which form."""
+
+    strategy: LoadStrategy
+    value_bytes: int  # of an unquantized number: 2 or 4
+    unpacked: bool = False  # quantized weights are turned into plain ones while loading
+    num_expert_layers_on_gpu: int = 0
+
+    @property
+    def device(self) -> Device:
+        """Where everything but routed experts is computed, and the cache lies."""
+        return "host" if self.strategy == "no-gpu" else "gpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Tokens of a sequence: as measured in the input, or as assumed before it is read."""
+
+    prompt_tokens: int  # of a typical prompt
+    new_tokens: int  # at most, of an answer
+    longest_tokens: int  # prompt and answer of the longest sequence
+    measured: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.new_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Memory of one kind on one device."""
+
+    device: Device
+    part: str
+    num_bytes: int
+
+
+def weight_needs(facts: ModelFacts, placement: Placement) -> list[Need]:
+    """The model's parts, each where the placement puts it; experts may lie on both devices, by whole layers."""
+    needs: list[Need] = []
+    for part in facts.loaded_parts:
+        num_bytes = part.num_bytes(placement.value_bytes, unpacked=placement.unpacked)
+        if part.name != EXPERTS or placement.device == "host":
+            needs.append(Need(placement.device, part.name, num_bytes))
+            continue
+        on_gpu = num_bytes * placement.num_expert_layers_on_gpu // len(facts.architecture.sparse_layers)
+        needs += [Need("gpu", EXPERTS, on_gpu), Need("host", EXPERTS, num_bytes - on_gpu)]
+    needs.append(
+        Need("host", _LIBRARIES, _RUNTIME_BYTES["host"] + (_CUDA_HOST_BYTES if placement.device == "gpu" else 0))
+    )
+    if placement.device == "gpu":
+        needs.append(Need("gpu", _LIBRARIES, _RUNTIME_BYTES["gpu"]))
+    return [need for need in needs if need.num_bytes]
+
+
+def batch_needs(
+    facts: ModelFacts, placement: Placement, workload: Workload, slots: int, cache_tokens: int
+) -> list[Need]:
+    """What `slots` sequences with `cache_tokens` tokens of context between them need while they are computed."""
+    work = cache_tokens * _work_bytes_per_token(facts, placement, workload) + slots * _logit_bytes(facts)
+    needs = {
+        _CACHE: cache_tokens * facts.kv_bytes_per_token(placement.value_bytes),
+        _STATE: slots * facts.state_bytes_per_sequence(placement.value_bytes),
+        _WORK: work,
+    }
+    return [Need(placement.device, part, num_bytes) for part, num_bytes in needs.items() if num_bytes]
+
+
+def total(needs: Iterable[Need], device: Device) -> int:
+    """Bytes needed of one device."""
+    return sum(need.num_bytes for need in needs if need.device == device)
+
+
+def slots_that_fit(facts: ModelFacts, placement: Placement, workload: Workload, left_bytes: int) -> int:
+    """How many typical sequences `left_bytes` on the placement's device hold; may be 0."""
+    one = total(batch_needs(facts, placement, workload, 1, workload.tokens), placement.device)
+    return max(0, left_bytes) // one
+
+
+def tokens_that_fit(facts: ModelFacts, placement: Placement, workload: Workload, slots: int, left_bytes: int) -> int:
+    """How many tokens of context fit beside what `slots` sequences need whatever their length."""
+    fixed = total(batch_needs(facts, placement, workload, slots, 0), placement.device)
+    each = facts.kv_bytes_per_token(placement.value_bytes) + _work_bytes_per_token(facts, placement, workload)
+    return max(0, left_bytes - fixed) // max(1, each)
+
+
+def allowed_bytes(free_bytes: int, size_bytes: int, cap: int | None) -> int:
+    """What may be used of a memory: the job's cap, and never more than is free; without a cap a reserve is left.
+
+    The reserve, a twentieth and at least 512 MiB, is for what cannot be foreseen: other programs, fragmentation.
+    """
+    return min(free_bytes, cap) if cap is not None else max(0, free_bytes - max(size_bytes // 20, 512 * _MIB))
+
+
+def expert_layer_bytes(facts: ModelFacts, placement: Placement) -> int:
+    """Bytes of the routed experts of one layer."""
+    experts = facts.part(EXPERTS).num_bytes(placement.value_bytes, unpacked=placement.unpacked)
+    return experts // max(1, len(facts.architecture.sparse_layers))
+
+
+def _logit_bytes(facts: ModelFacts) -> int:
+    return facts.architecture.vocab_size * _LOGIT_BYTES
+
+
+def _work_bytes_per_token(facts: ModelFacts, placement: Placement, workload: Workload) -> int:
+    """Activations of the widest layer, per token of context; only a prompt's tokens are computed at the same time."""
+    return _WORK_FACTOR * sum(_widths(facts, placement)) * workload.prompt_tokens // max(1, workload.tokens)
+
+
+def _widths(facts: ModelFacts, placement: Placement) -> Iterator[int]:
+    """Bytes that one token of a prompt takes in the widest layer: what stays alive together there, counted roughly.
+
+    The residual stream with its norms; queries, keys and values and their rotated copies, or the float32 copies that
+    the chunked delta rule makes; gate, up and their product of the experts of one token or of the dense layer.
+    """
+    shape = facts.architecture
+    yield 4 * shape.hidden_size * placement.value_bytes
+    attention = 4 * (shape.num_attention_heads + shape.num_kv_heads) * shape.head_dim * placement.value_bytes
+    linear = 8 * shape.linear_attention.conv_dim * 4 if shape.linear_attention else 0
+    mlp = 3 * max(shape.intermediate_size, shape.num_experts_per_token * shape.expert_size) * placement.value_bytes
+    yield max(attention, linear, mlp)

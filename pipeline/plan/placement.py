@@ -1,0 +1,220 @@
+"""Chooses where weights go and how many sequences fit beside them, or says what is short and what would fit."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+from pipeline.errors import Problem
+from pipeline.facts.model_facts import ModelFacts
+from pipeline.machine import Machine
+from pipeline.plan.budget import (
+    MAX_SLOTS,
+    Device,
+    LoadStrategy,
+    Need,
+    Placement,
+    Workload,
+    allowed_bytes,
+    batch_needs,
+    expert_layer_bytes,
+    slots_that_fit,
+    tokens_that_fit,
+    total,
+    weight_needs,
+)
+from pipeline.spec.keys import BatchSpec, JobSpec
+
+DType: TypeAlias = Literal["bfloat16", "float16", "float32"]
+
+_VALUE_BYTES: dict[DType, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+_STRATEGIES: tuple[LoadStrategy, ...] = ("max-gpu", "min-gpu", "no-gpu")
+_UNPACK_SHARE = 2  # unpacked weights may take one part in so many of the memory
+_FEWEST_NEW_TOKENS = 16  # shorter answers are no remedy
+PLACES: dict[Device, str] = {"host": "host memory", "gpu": "GPU memory"}
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Memory of one device: what is needed of what may be used."""
+
+    device: Device
+    allowed_bytes: int
+    needs: tuple[Need, ...]
+
+    @property
+    def needed_bytes(self) -> int:
+        return sum(need.num_bytes for need in self.needs)
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A placement with the batch that goes with it; it fits unless a budget is short."""
+
+    placement: Placement
+    slots: int
+    cache_tokens: int
+    budgets: tuple[Budget, ...]
+
+    @property
+    def short(self) -> list[Budget]:
+        return [budget for budget in self.budgets if budget.needed_bytes > budget.allowed_bytes]
+
+    def budget(self, device: Device) -> Budget:
+        return next(budget for budget in self.budgets if budget.device == device)
+
+
+@dataclass(frozen=True, slots=True)
+class Placer:
+    """Tries placements of one model on one machine for one job."""
+
+    spec: JobSpec
+    machine: Machine
+    facts: ModelFacts
+    workload: Workload
+
+    @property
+    def gpu(self) -> int:
+        """The GPU with most memory free."""
+        gpus = self.machine.gpus
+        return max(range(len(gpus)), key=lambda index: gpus[index].free_bytes)
+
+    def dtype(self, strategy: LoadStrategy) -> tuple[DType, str]:
+        """In what the model computes, and why."""
+        if strategy != "no-gpu":
+            if self.machine.gpus[self.gpu].capability >= (8, 0):
+                return "bfloat16", "half the memory of float32, and this GPU computes it"
+            return "float16", "this GPU is older than bfloat16"
+        if self.machine.has_cpu_bf16:
+            return "bfloat16", "half the memory of float32, and this CPU has instructions for it"
+        return "float32", "this CPU has no bf16 instructions, and emulated they are slower than float32"
+
+    def place(self, strategy: LoadStrategy) -> Fit:
+        """The best placement of a strategy; it may be short.
+
+        With max-gpu a batch of half the room that the other weights leave comes first, since sequences decoded
+        together bring more than experts at hand; whole layers of experts fill the rest. Without a GPU quantized weights
+        are unpacked where memory allows.
+        """
+        fit = self._fit(Placement(strategy, _VALUE_BYTES[self.dtype(strategy)[0]]))
+        placement, num_layers = fit.placement, len(self.facts.architecture.sparse_layers)
+        if strategy == "max-gpu" and num_layers:
+            gpu = self._fit(placement, share=2).budget("gpu")
+            room = max(0, gpu.allowed_bytes - gpu.needed_bytes)
+            on_gpu = min(num_layers, room // expert_layer_bytes(self.facts, placement))
+            return self._fit(replace(placement, num_expert_layers_on_gpu=on_gpu))
+        # Our own reader of packed weights knows no code but transformers' own.
+        if strategy == "no-gpu" and self.facts.can_unpack and not self.spec.model.trust_remote_code:
+            unpacked = self._fit(replace(placement, unpacked=True))
+            if self.unpacked_bytes(fit) <= self.unpacked_limit(fit) and not unpacked.short:
+                return unpacked
+        return fit
+
+    def unpacked_bytes(self, fit: Fit) -> int:
+        """What the weights would take unpacked."""
+        return sum(part.num_bytes(fit.placement.value_bytes, unpacked=True) for part in self.facts.loaded_parts)
+
+    def unpacked_limit(self, fit: Fit) -> int:
+        """The most that unpacked weights may take."""
+        return fit.budget("host").allowed_bytes // _UNPACK_SHARE
+
+    def _fit(self, placement: Placement, share: int = 1) -> Fit:
+        """Slots and cache for a placement: as asked, or as many as help and fit one part in `share` of what is left.
+
+        At least one typical sequence, whether it fits or not.
+        """
+        facts, workload, batch = self.facts, self.workload, self.spec.batch
+        needs = weight_needs(facts, placement)
+        devices: list[Device] = ["host"] if placement.device == "host" else ["host", "gpu"]
+        allowed: dict[Device, int] = {device: self._allowed(device) for device in devices}
+        left = (allowed[placement.device] - total(needs, placement.device)) // share
+        slots, cache_tokens = batch.slots, batch.cache_tokens
+        if slots == "auto":
+            fitting = slots_that_fit(facts, placement, workload, left)
+            if cache_tokens != "auto":
+                fitting = cache_tokens // workload.tokens
+            slots = max(1, min(MAX_SLOTS, fitting))
+        if cache_tokens == "auto":
+            fitting = tokens_that_fit(facts, placement, workload, slots, left)
+            cache_tokens = max(slots * workload.tokens, min(slots * workload.longest_tokens, fitting))
+        needs = [*needs, *batch_needs(facts, placement, workload, slots, cache_tokens)]
+        budgets = [
+            Budget(device, num_bytes, tuple(need for need in needs if need.device == device))
+            for device, num_bytes in allowed.items()
+        ]
+        return Fit(placement, slots, cache_tokens, tuple(budgets))
+
+    def _allowed(self, device: Device) -> int:
+        machine, model = self.machine, self.spec.model
+        if device == "host":
+            return allowed_bytes(machine.usable_memory_bytes, machine.memory_total_bytes, model.cpu_memory)
+        gpu = machine.gpus[self.gpu]
+        return allowed_bytes(gpu.free_bytes, gpu.total_bytes, model.gpu_memory)
+
+    def shortage(self, fit: Fit) -> Iterator[Problem]:
+        """What is short, by part, and what to change: the nearest plans that fit."""
+        for budget in fit.short:
+            parts = ", ".join(f"{need.part} {show_bytes(need.num_bytes)}" for need in budget.needs)
+            message = (
+                f"{fit.placement.strategy} needs {show_bytes(budget.needed_bytes)} of {PLACES[budget.device]} ({parts})"
+            )
+            yield Problem(f"{message}; {show_bytes(budget.allowed_bytes)} may be used", field="model.load_strategy")
+        remedies = list(dict.fromkeys(self._remedies(fit)))
+        if remedies:
+            yield Problem("what would fit: " + "; or ".join(remedies))
+        else:
+            yield Problem(f"no plan of this model fits; {self._least()} would be needed")
+
+    def _remedies(self, fit: Fit) -> Iterator[str]:
+        """Changes of the job after which it fits, nearest first."""
+        strategy, asked = fit.placement.strategy, self.spec.batch
+        if asked.slots != "auto":
+            best = self._with(batch=BatchSpec(cache_tokens=asked.cache_tokens)).place(strategy)
+            if not best.short:
+                yield f"batch.slots: {best.slots}"
+        if asked.cache_tokens != "auto":
+            best = self._with(batch=BatchSpec(slots=asked.slots)).place(strategy)
+            if not best.short:
+                yield f"batch.cache_tokens: {best.cache_tokens}"
+        if (new_tokens := self._new_tokens_that_fit(fit)) >= _FEWEST_NEW_TOKENS:
+            yield f"generation.max_new_tokens: {new_tokens}"
+        yield from self._caps_in_the_way(fit)
+        for other in _STRATEGIES if self.machine.gpus else ():
+            if other != strategy and not self.place(other).short:
+                yield f"model.load_strategy: {other}"
+
+    def _caps_in_the_way(self, fit: Fit) -> Iterator[str]:
+        for key in ("gpu_memory", "cpu_memory"):
+            model = self.spec.model.model_copy(update={key: None})
+            if model != self.spec.model and not self._with(model=model).place(fit.placement.strategy).short:
+                yield f"model.{key} left out"
+
+    def _new_tokens_that_fit(self, fit: Fit) -> int:
+        """The longest answer with which one sequence fits; 0 where none does or the length is not what is short."""
+        device = fit.placement.device
+        if fit.slots > 1 or self.spec.batch != BatchSpec() or {budget.device for budget in fit.short} != {device}:
+            return 0
+        left = fit.budget(device).allowed_bytes - total(weight_needs(self.facts, fit.placement), device)
+
+        def needed(new_tokens: int) -> int:
+            workload = replace(self.workload, new_tokens=new_tokens)
+            return total(batch_needs(self.facts, fit.placement, workload, 1, workload.tokens), device)
+
+        return bisect_right(range(self.workload.new_tokens), left, key=needed) - 1
+
+    def _least(self) -> str:
+        """The smallest machine that a plan needs, for one typical sequence."""
+        fit = self._with(batch=BatchSpec(slots=1)).place("no-gpu")
+        return f"{show_bytes(fit.budget('host').needed_bytes)} of {PLACES['host']} with no-gpu"
+
+    def _with(self, **changes: object) -> Placer:
+        return replace(self, spec=self.spec.model_copy(update=changes))
+
+
+def show_bytes(num_bytes: int) -> str:
+    """A size for people, rounded."""
+    if num_bytes >= 2**30:
+        return f"{num_bytes / 2**30:.1f} GiB"
+    return f"{num_bytes / 2**20:.0f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.0f} KiB"

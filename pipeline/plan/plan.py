@@ -1,0 +1,299 @@
+"""Plan: everything that was decided for a run, each decision with its reason; pure, from spec, machine and facts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from pipeline.errors import MachineError, Problem, SpecError
+from pipeline.facts.model_facts import EXPERTS, ModelFacts
+from pipeline.machine import Machine
+from pipeline.plan.budget import MAX_SLOTS, LoadStrategy, Placement, Workload
+from pipeline.plan.placement import PLACES, Budget, DType, Fit, Placer, show_bytes
+from pipeline.spec.keys import JobSpec
+
+TYPICAL_PROMPT_TOKENS = 512  # assumed until the input is counted
+_ECHO_SLOTS = 16
+_STOCK_PEAK = 1.75  # times the weights: what the stock loader of packed experts took at its worst
+
+
+@dataclass(frozen=True, slots=True)
+class PromptStats:
+    """What counting the input's tokens found."""
+
+    num_items: int
+    num_tokens_mean: float
+    num_tokens_max: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One thing that was decided, and why."""
+
+    name: str
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What will run, and how; nothing in it says `auto`."""
+
+    title: str
+    engine: Literal["transformers", "echo"]
+    model_dir: str | None  # None: the engine has no model
+    trust_remote_code: bool
+    asked_strategy: LoadStrategy
+    load_strategy: LoadStrategy  # what runs
+    device: str  # where prompts enter: cpu, cuda:0
+    num_expert_layers_on_gpu: int  # the other layers' routed experts are in host memory
+    dtype: DType
+    weights: Literal["packed", "unpacked"]
+    num_threads: int
+    slots: int
+    cache_tokens: int
+    environment: tuple[tuple[str, str], ...]
+    budgets: tuple[Budget, ...]
+    decisions: tuple[Decision, ...]
+    not_available: str | None = None  # why this plan cannot be run yet
+
+    def explain(self) -> str:
+        """The plan as a table for people: each decision with its reason, then memory by device and part."""
+        names = max(len(made.name) for made in self.decisions)
+        values = max(len(made.value) for made in self.decisions)
+        lines = [self.title]
+        lines += [f"  {made.name:{names}}  {made.value:{values}}  {made.reason}" for made in self.decisions]
+        for budget in self.budgets:
+            used, allowed = show_bytes(budget.needed_bytes), show_bytes(budget.allowed_bytes)
+            lines.append(f"{PLACES[budget.device]}: {used} of the {allowed} that may be used")
+            lines += [f"  {need.part:{names}}  {show_bytes(need.num_bytes)}" for need in budget.needs]
+        if self.not_available:
+            lines.append(f"not available yet: {self.not_available}")
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values, sizes in bytes."""
+        budgets = [asdict(budget) | {"needed_bytes": budget.needed_bytes} for budget in self.budgets]
+        return asdict(self) | {"environment": dict(self.environment), "budgets": budgets}
+
+
+def make_plan(
+    spec: JobSpec, machine: Machine, facts: ModelFacts | None = None, stats: PromptStats | None = None
+) -> Plan:
+    """Decide everything that the job leaves open; only the echo engine does without `facts`.
+
+    Raises MachineError where the machine cannot hold what is asked, or may not run it (strict), with what is missing,
+    by part, and the nearest plan that fits; SpecError for a model that none of our loaders reads.
+    """
+    if spec.model.engine == "echo":
+        return _echo_plan(spec, machine)
+    if facts is None:
+        raise ValueError("only the echo engine does without a model")
+    _check_quantization(facts)
+    strategy, why_strategy = _strategy(spec, machine, facts)
+    placer = Placer(spec, machine, facts, _workload(spec, facts, stats))
+    fit = placer.place(strategy)
+    if fit.short:
+        raise MachineError(list(placer.shortage(fit)))
+    placement = fit.placement
+    device = "cpu" if placement.device == "host" else f"cuda:{placer.gpu}"
+    dtype, why_dtype = placer.dtype(strategy)
+    num_threads, why_threads = _threads(machine)
+    environment = list(_environment(num_threads, placement))
+    decisions = [
+        Decision("engine", "transformers", "runs every causal language model that transformers knows"),
+        Decision("load strategy", strategy, why_strategy),
+        Decision("device", device, _why_device(placer, placement)),
+        Decision("dtype", dtype, why_dtype),
+        _weights(placer, fit),
+        Decision("threads", str(num_threads), why_threads),
+        Decision("slots", str(fit.slots), _why_slots(placer, fit)),
+        Decision("cache tokens", str(fit.cache_tokens), _why_cache(placer, fit)),
+        *environment,
+        _gil(machine),
+    ]
+    return Plan(
+        title=_title(machine, facts),
+        engine="transformers",
+        model_dir=facts.directory,
+        trust_remote_code=spec.model.trust_remote_code,
+        asked_strategy=spec.model.load_strategy,
+        load_strategy=strategy,
+        device=device,
+        num_expert_layers_on_gpu=placement.num_expert_layers_on_gpu,
+        dtype=dtype,
+        weights="unpacked" if placement.unpacked else "packed",
+        num_threads=num_threads,
+        slots=fit.slots,
+        cache_tokens=fit.cache_tokens,
+        environment=tuple((made.name, made.value) for made in environment),
+        budgets=fit.budgets,
+        decisions=tuple(decisions),
+        not_available=_not_available(facts, fit),
+    )
+
+
+def _echo_plan(spec: JobSpec, machine: Machine) -> Plan:
+    slots = spec.batch.slots if spec.batch.slots != "auto" else _ECHO_SLOTS
+    why_slots = "as asked" if spec.batch.slots != "auto" else "enough for answers to finish out of order"
+    return Plan(
+        title=f"echo on {machine.name}",
+        engine="echo",
+        model_dir=None,
+        trust_remote_code=False,
+        asked_strategy=spec.model.load_strategy,
+        load_strategy="no-gpu",
+        device="cpu",
+        num_expert_layers_on_gpu=0,
+        dtype="float32",
+        weights="packed",
+        num_threads=1,
+        slots=slots,
+        cache_tokens=0,
+        environment=(),
+        budgets=(),
+        decisions=(
+            Decision("engine", "echo", "as asked: every prompt is answered with itself, without a model"),
+            Decision("slots", str(slots), why_slots),
+        ),
+    )
+
+
+def _check_quantization(facts: ModelFacts) -> None:
+    quantization = facts.quantization
+    if quantization is not None and quantization.method != "auto-round":
+        message = f"is quantized with {quantization.method}; AutoRound checkpoints and unquantized models can be loaded"
+        raise SpecError(Problem(message, facts.directory, field="model.path"))
+
+
+def _strategy(spec: JobSpec, machine: Machine, facts: ModelFacts) -> tuple[LoadStrategy, str]:
+    asked = spec.model.load_strategy
+    if asked == "no-gpu":
+        return asked, "as asked"
+    if machine.gpus:
+        whole = "; a model without routed experts goes onto the GPU whole"
+        return asked, "as asked" + ("" if facts.architecture.num_experts else whole)
+    why = machine.gpu_problem or "this machine has no GPU"
+    if spec.model.strict:
+        message = f"{asked} needs a GPU: {why}; ask for no-gpu, or let it fall back with model.strict: false"
+        raise MachineError(Problem(message, field="model.load_strategy"))
+    return "no-gpu", f"{asked} was asked for and runs as no-gpu: {why}"
+
+
+def _workload(spec: JobSpec, facts: ModelFacts, stats: PromptStats | None) -> Workload:
+    context = facts.architecture.context_length
+    typical, most = (
+        (TYPICAL_PROMPT_TOKENS, context // 2) if stats is None else (round(stats.num_tokens_mean), context - 1)
+    )
+    prompt = max(1, min(typical, most))
+    new = min(spec.generation.max_new_tokens, context - prompt)
+    longest = prompt + new if stats is None else min(stats.num_tokens_max + spec.generation.max_new_tokens, context)
+    return Workload(prompt, new, max(longest, prompt + new), measured=stats is not None)
+
+
+def _title(machine: Machine, facts: ModelFacts) -> str:
+    millions = facts.num_parameters / 1e6
+    count = f"{millions / 1e3:.1f} billion" if millions >= 1e3 else f"{millions:.1f} million"
+    size = f"{count} parameters, {show_bytes(facts.disk_bytes)} on disk"
+    guess = ", estimated from its configuration" if facts.estimated else ""
+    return f"{facts.architecture.name} ({size}{guess}) on {machine.name}"
+
+
+def _why_device(placer: Placer, placement: Placement) -> str:
+    if placement.device == "host":
+        return "the whole model is in host memory"
+    gpu, shape = placer.machine.gpus[placer.gpu], placer.facts.architecture
+    if not shape.num_experts:
+        return f"the whole model is on the {gpu.name}"
+    on_gpu, num_layers = placement.num_expert_layers_on_gpu, len(shape.sparse_layers)
+    if on_gpu == num_layers:
+        return f"the whole model is on the {gpu.name}"
+    where = f"those of {num_layers - on_gpu} of {num_layers} layers" if on_gpu else "these"
+    return f"everything but routed experts is on the {gpu.name}; {where} are in host memory"
+
+
+def _weights(placer: Placer, fit: Fit) -> Decision:
+    if not placer.facts.is_packed:
+        return Decision("weights", "as stored", "the model is not quantized")
+    if fit.placement.unpacked:
+        return Decision(
+            "weights", "unpacked", "plain weights decode faster on a CPU than packed ones, and there is room"
+        )
+    if fit.placement.device == "gpu":
+        return Decision("weights", "packed", "the kernels of a GPU compute on packed weights")
+    if not placer.facts.can_unpack or placer.spec.model.trust_remote_code:
+        return Decision("weights", "packed", "only transformers' own code reads them")
+    size, limit = show_bytes(placer.unpacked_bytes(fit)), show_bytes(placer.unpacked_limit(fit))
+    return Decision("weights", "packed", f"unpacked they would take {size}, more than half of the memory ({limit})")
+
+
+def _why_slots(placer: Placer, fit: Fit) -> str:
+    if placer.spec.batch.slots != "auto":
+        return "as asked; they fit"
+    if fit.slots == MAX_SLOTS:
+        return "the most that a bounded batch gains from; memory would hold them"
+    return f"what the {PLACES[fit.placement.device]} left by the weights holds"
+
+
+def _why_cache(placer: Placer, fit: Fit) -> str:
+    if placer.spec.batch.cache_tokens != "auto":
+        return "as asked; they fit"
+    workload = placer.workload
+    alone = "; a longer sequence runs alone" if workload.longest_tokens > fit.cache_tokens else ""
+    source = "counted in the input" if workload.measured else "assumed until the input is counted"
+    size = show_bytes(placer.facts.kv_bytes_per_token(fit.placement.value_bytes) * fit.cache_tokens)
+    return (
+        f"{size}: prompts of {workload.prompt_tokens} tokens ({source}), answers of {workload.new_tokens}, "
+        f"up to {workload.longest_tokens} together{alone}"
+    )
+
+
+def _threads(machine: Machine) -> tuple[int, str]:
+    cores = machine.usable_cores
+    if machine.thread_limit is not None and machine.thread_limit < cores:
+        return machine.thread_limit, "OMP_NUM_THREADS was already set to this"
+    if machine.cgroup is not None and cores < machine.physical_cores:
+        return cores, f"the control group allows {machine.cgroup.cpu_quota:g} processors"
+    if machine.logical_cpus == machine.physical_cores:
+        return cores, "one for each core"
+    return cores, f"one for each core; {machine.logical_cpus} logical processors share the arithmetic units of these"
+
+
+def _environment(num_threads: int, placement: Placement) -> Iterator[Decision]:
+    yield Decision("OMP_NUM_THREADS", str(num_threads), "as many as threads above, in every library that uses OpenMP")
+    yield Decision(
+        "GOMP_SPINCOUNT",
+        "1000",
+        "a thread that waits gives its core away soon; spinning on, it would hold up the others on a shared machine",
+    )
+    yield Decision(
+        "TOKENIZERS_PARALLELISM", "false", "prompts are encoded one by one beside the model, which has the cores"
+    )
+    if placement.device == "gpu":
+        reason = "batches change size all the time; fixed segments would leave gaps that no tensor fits"
+        yield Decision("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True", reason)
+
+
+def _gil(machine: Machine) -> Decision:
+    if not machine.free_threaded:
+        return Decision("GIL", "on", "this Python is built with it; kernels release it while they compute")
+    if machine.gil_enabled:
+        return Decision("GIL", "on", "this Python is built without it, but a library or PYTHON_GIL turned it on")
+    return Decision("GIL", "off", "this Python is built without it")
+
+
+def _not_available(facts: ModelFacts, fit: Fit) -> str | None:
+    """What the loaders cannot do yet, of a plan that fits."""
+    placement, experts = fit.placement, facts.part(EXPERTS)
+    if not experts.num_parameters:
+        return None
+    if placement.device == "gpu" and placement.num_expert_layers_on_gpu < len(facts.architecture.sparse_layers):
+        return "routed experts on another device than the rest of the model (min-gpu, max-gpu)"
+    if placement.device == "host" and experts.packed_parameters and not placement.unpacked:
+        host = fit.budget("host")
+        weights = sum(part.num_bytes(placement.value_bytes) for part in facts.loaded_parts)
+        peak = host.needed_bytes + round((_STOCK_PEAK - 1) * weights)
+        if peak > host.allowed_bytes:
+            return f"loading packed experts without a second copy; stock loading would need {show_bytes(peak)}"
+    return None

@@ -1,0 +1,111 @@
+"""Which files the input is, and their decompressed bytes."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import os
+import zlib
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, cast
+
+from pipeline.errors import DataError, NotFoundError, Problem, SpecError
+
+CHUNK_BYTES = 1 << 20  # larger is no faster
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """One input file as it was when the job first looked at it; a read that finds it otherwise is refused."""
+
+    path: Path
+    size: int  # bytes on disk
+    mtime_ns: int
+
+
+def expand_inputs(paths: Sequence[str]) -> list[InputFile]:
+    """The files that the paths and globs of `input.path` name: in the order given, each glob sorted.
+
+    Raises NotFoundError with all that is missing, unreadable or no plain file; SpecError where one file comes twice.
+    """
+    files: list[InputFile] = []
+    missing: list[Problem] = []
+    for pattern in paths:
+        try:
+            files += [_stat_input(path) for path in _expand(pattern)]
+        except NotFoundError as error:
+            missing += error.problems
+    if missing:
+        raise NotFoundError(missing)
+    seen: set[Path] = set()
+    twice = [file.path for file in files if file.path in seen or seen.add(file.path)]
+    if twice:
+        raise SpecError([Problem(f"names {path} twice", field="input.path") for path in twice])
+    return files
+
+
+def _expand(pattern: str) -> list[Path]:
+    if not glob.has_magic(pattern):
+        return [Path(pattern)]
+    matches = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207  Path.glob refuses absolute patterns
+    # Without a match it may still be the plain name of a file.
+    return [path for match in matches if not (path := Path(match)).is_dir()] or [Path(pattern)]
+
+
+def _stat_input(path: Path) -> InputFile:
+    def refuse(message: str) -> NotFoundError:
+        return NotFoundError(Problem(message, file=str(path), field="input.path"))
+
+    try:
+        if path.is_dir():
+            raise refuse(f"this is a directory; name the files in it, for example with {path / '*.jsonl'}")
+        # Asked before opening: the open of a named pipe would wait for its writer.
+        if path.exists() and not path.is_file():
+            raise refuse("this is no plain file, and the input is read more than once; save it to a file first")
+        with path.open("rb") as stream:
+            stat = os.fstat(stream.fileno())
+    except FileNotFoundError:
+        raise refuse("no file matches this pattern" if glob.has_magic(str(path)) else "no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise refuse(f"cannot be read: {error.strerror if isinstance(error, OSError) else error}") from None
+    return InputFile(path, stat.st_size, stat.st_mtime_ns)
+
+
+@contextmanager
+def _reading(file: InputFile) -> Generator[tuple[IO[bytes], IO[bytes]]]:
+    """The file as it lies on disk and decompressed; what goes wrong while reading becomes an error with its name."""
+    try:
+        with file.path.open("rb", buffering=0) as raw:
+            _refuse_changed(file, raw)
+            compressed = file.path.suffix.lower() == ".gz"
+            yield raw, cast("IO[bytes]", gzip.GzipFile(fileobj=raw)) if compressed else raw
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        message = f"is cut short, damaged, or no gzip data at all: {error}"
+        raise DataError(Problem(message, file=str(file.path))) from None
+    except OSError as error:
+        raise NotFoundError(Problem(f"cannot be read: {error.strerror}", file=str(file.path))) from None
+
+
+def _refuse_changed(file: InputFile, raw: IO[bytes]) -> None:
+    """Items are known by their position: an input edited while it is read would give answers to other lines."""
+    stat = os.fstat(raw.fileno())
+    if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
+        raise DataError(Problem("was changed while it was in use; run again when it is complete", file=str(file.path)))
+
+
+def read_chunks(file: InputFile, chunk_bytes: int, progress: Callable[[int], None] | None = None) -> Iterator[bytes]:
+    """Decompressed bytes of one file; the first chunk is its first three bytes, where a byte order mark would be."""
+    with _reading(file) as (raw, stream):
+        position = 0
+        chunk = stream.read(len(BYTE_ORDER_MARK))
+        while chunk:
+            yield chunk
+            chunk = stream.read(chunk_bytes)
+            _refuse_changed(file, raw)
+            if progress is not None:
+                progress(raw.tell() - position)
+                position = raw.tell()

@@ -1,0 +1,144 @@
+"""What a job may not ask for although each key is right by itself: contradictions, and features not built yet."""
+
+from __future__ import annotations
+
+import json
+import os.path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import PurePath
+
+from pipeline.spec.keys import EchoSpec, JobSpec, job_keys, value_of
+from pipeline.spec.template import check_template
+from pipeline.spec.units import format_duration
+
+# Keys that are parsed but whose feature comes later, with the values that ask for it; None: all but the default.
+# The line goes when the feature arrives.
+NOT_YET: dict[str, tuple[object, ...] | None] = {
+    "model.activation": None,  # kernels with quantized activations
+    "model.repack_cache": None,  # the fast AutoRound loader
+    "input.format": ("openai-batch",),
+    "generation.deterministic": None,  # batch-invariant arithmetic
+    "output.format": None,  # OpenAI batch lines
+    "run.max_attempts": None,  # judging items that killed a process
+    "run.stall_timeout": None,  # the watchdog
+    "run.save_unfinished": None,  # tokens of unfinished answers in the journal
+    "run.metrics": None,  # Prometheus textfile
+    "run.on_finish": None,  # notification
+}
+NOT_YET_SUFFIXES = (".bz2", ".xz", ".zst", ".parquet")  # of input.path
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A rule that a job breaks: where to show it, why, and all keys that it looked at."""
+
+    key: str
+    message: str
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Keys that must agree; the first of them is where the problem is shown."""
+
+    keys: tuple[str, ...]
+    broken: Callable[[JobSpec], bool]
+    message: str
+
+
+def broken_rules(spec: JobSpec) -> Iterator[Broken]:
+    """Everything that `spec` asks for and cannot have. Looks at the file system for the place of the output."""
+    for rule in RULES:
+        if rule.broken(spec):
+            yield Broken(rule.keys[0], rule.message, rule.keys)
+    for key, refused in NOT_YET.items():
+        value, default = value_of(spec, key), job_keys()[key].get_default()
+        if value in refused if refused is not None else value != default:
+            yield Broken(key, f"not available yet; leave it out or set it to {_written(default)}", (key,))
+    for path in spec.input.path:
+        if path.lower().endswith(NOT_YET_SUFFIXES):
+            message = f"{path}: {PurePath(path).suffix} is not available yet; give plain or .gz JSONL"
+            yield Broken("input.path", message, ("input.path",))
+    if isinstance(spec.input.template, str):
+        for message in check_template(spec.input.template):
+            yield Broken("input.template", message, ("input.template",))
+
+
+def _written(value: object) -> str:
+    # The only numbers among these keys are durations.
+    return format_duration(value) if isinstance(value, float) else json.dumps(value).strip('"')
+
+
+def _is_directory(spec: JobSpec) -> bool:
+    # Path.is_dir raises for a name that is too long; that is for the opening of the output to say.
+    return spec.output.path.endswith("/") or os.path.isdir(spec.output.path)  # noqa: PTH112
+
+
+def _output_is_input(spec: JobSpec) -> bool:
+    output = os.path.realpath(spec.output.path)
+    return any(_matches(output, pattern) for pattern in spec.input.path)
+
+
+def _matches(path: str, pattern: str) -> bool:
+    whole = os.path.realpath(pattern)
+    if "**" not in whole:
+        return path == whole or PurePath(path).match(whole)
+    # A double star crosses folders, as each star does for fnmatch, and stands for none of them too.
+    return fnmatchcase(path, whole) or fnmatchcase(path, whole.replace("/**/", "/"))
+
+
+RULES = (
+    Rule(
+        ("model.path", "model.engine"),
+        lambda spec: spec.model.path is None and spec.model.engine != "echo",
+        "is required: builtin:smollm2-135m, a local directory or a hub id (only `engine: echo` needs no model)",
+    ),
+    Rule(
+        ("model.echo", "model.engine"),
+        lambda spec: spec.model.echo != EchoSpec() and spec.model.engine != "echo",
+        "is for the echo engine only; leave it out or set model.engine to echo",
+    ),
+    Rule(
+        ("thinking.budget", "thinking.mode"),
+        lambda spec: spec.thinking.budget is not None and spec.thinking.mode == "off",
+        "has no meaning with thinking.mode off; leave one of the two out",
+    ),
+    Rule(
+        ("thinking.budget", "generation.max_new_tokens"),
+        lambda spec: (spec.thinking.budget or 0) >= spec.generation.max_new_tokens,
+        "leaves no room for an answer; it must be below generation.max_new_tokens, which counts reasoning too",
+    ),
+    Rule(
+        ("thinking.mode", "input.chat_template"),
+        lambda spec: spec.thinking.mode == "on" and spec.input.chat_template == "off",
+        "cannot be on with input.chat_template off: the template is what asks the model to think",
+    ),
+    Rule(
+        ("input.template", "input.format"),
+        lambda spec: spec.input.template is not None and spec.input.format == "messages",
+        "has no meaning with input.format messages; leave one of the two out",
+    ),
+    Rule(
+        ("input.prompt_field", "input.template"),
+        lambda spec: spec.input.template is not None and spec.input.prompt_field != "prompt",
+        "has no meaning beside input.template, which names its fields itself; leave one of the two out",
+    ),
+    Rule(
+        ("input.chat_template", "input.format"),
+        lambda spec: spec.input.chat_template == "off" and spec.input.format == "messages",
+        "cannot be off with input.format messages: only the template turns messages into a prompt",
+    ),
+    Rule(
+        ("input.system", "input.chat_template"),
+        lambda spec: spec.input.system is not None and spec.input.chat_template == "off",
+        "has no place without a chat template; write it into input.template, or leave input.chat_template out",
+    ),
+    Rule(("output.path",), _is_directory, "is a directory; name a file in it"),
+    Rule(
+        ("output.path", "input.path"),
+        _output_is_input,
+        "is among the files of input.path, which it would overwrite; name another file",
+    ),
+)

@@ -1,0 +1,1 @@
+"""Programs that use the pipeline; nothing but the command line knows them."""

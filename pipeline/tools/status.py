@@ -1,0 +1,96 @@
+"""`overnight status`: how far a run is, from its files alone; takes no lock and changes nothing."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.ledger.recovery import RunState, read_run
+from pipeline.spec.keys import JobSpec
+from pipeline.summary import timestamp
+
+# The words that OpenAI's batch API has for the states of a batch.
+_BATCH_STATUS = {
+    "absent": "validating",
+    "running": "in_progress",
+    "stopped": "cancelled",
+    "publishing": "finalizing",
+    "finished": "completed",
+    "damaged": "failed",
+}
+_ADVICE = {
+    "absent": "no run yet; `overnight run` begins it",
+    "stopped": "`overnight run` resumes it",
+    "publishing": "all is answered and not yet published; `overnight run` publishes it",
+    "damaged": "`overnight run --fresh` moves its files aside and begins anew",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The state of the run whose output is `output`, read at `read_at` (Unix time)."""
+
+    output: Path
+    run: RunState
+    read_at: float
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds of generation to go at the pace of the last session; None where nothing tells."""
+        history = self.run.history
+        if history is None or not history.sessions:
+            return None
+        session = history.sessions[-1]
+        num_left = history.header.num_answers - history.num_done
+        return num_left * session.duration / session.completed if session.completed else None
+
+    def __str__(self) -> str:
+        lines = [f"{self.output}: {self.run.state}"]
+        if self.run.process is not None:
+            lines[0] += f" (process {self.run.process})"
+        if self.run.problem is not None:
+            lines.append(str(self.run.problem))
+        history = self.run.history
+        if history is not None:
+            total = history.header.num_answers
+            share = 100 * history.num_done / total if total else 100.0
+            lines.append(f"{history.num_done} of {total} answers ({share:.1f} %), {history.tally.failed} failed")
+            for session in history.sessions:
+                lines.append(
+                    f"session of {timestamp(session.started_at)}: {session.completed} answers "
+                    f"in {session.duration:.1f} s, {session.ended}"
+                )
+        if self.run.state == "running" and self.left_s is not None:
+            lines.append(f"about {self.left_s:.0f} s left")
+        if advice := _ADVICE.get(self.run.state):
+            lines.append(advice)
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        history = self.run.history
+        tally = history and history.tally
+        return {
+            "object": "status",
+            "output": str(self.output),
+            "state": self.run.state,
+            "status": _BATCH_STATUS[self.run.state],
+            "process": self.run.process,
+            "problem": None if self.run.problem is None else str(self.run.problem),
+            "request_counts": {
+                "total": history.header.num_answers if history else 0,
+                "completed": tally.completed if tally else 0,
+                "failed": tally.failed if tally else 0,
+            },
+            "output_tokens": tally.output_tokens if tally else 0,
+            "left_s": None if self.left_s is None else round(self.left_s, 1),
+            "sessions": [session.to_json() for session in history.sessions] if history else [],
+            "read_at": timestamp(self.read_at),
+        }
+
+
+def job_status(spec: JobSpec) -> Status:
+    """The state of the job's run. Raises OSError only where a file of the run cannot be read."""
+    output = Path(spec.output.path)
+    return Status(output, read_run(output), time.time())

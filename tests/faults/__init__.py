@@ -1,0 +1,1 @@
+"""Faults injected into the ledger, and the tools that inject them."""

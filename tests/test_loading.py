@@ -1,0 +1,183 @@
+"""Loading: what comes out is the model that the plan and the files describe, or a refusal."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import loading
+from pipeline.errors import MachineError, NotFoundError, SpecError
+from pipeline.facts.model_facts import read_facts
+from pipeline.loading import apply_environment, load_model
+from pipeline.machine import Machine
+from pipeline.plan.plan import Plan, make_plan
+from pipeline.spec.keys import JobSpec
+from tests.model_files import INT4, LLAMA, write_model
+
+GIB = 1 << 30
+HERE = Machine(
+    name="test", physical_cores=1, logical_cpus=1, memory_total_bytes=16 * GIB, memory_available_bytes=16 * GIB
+)
+
+
+def plan_of(directory: Path, **changes: Any) -> Plan:
+    spec = JobSpec.model_validate(
+        {"model": {"path": str(directory), "load_strategy": "no-gpu"}, "input": {"path": "x"}, "output": {"path": "y"}}
+    )
+    return replace(make_plan(spec, HERE, read_facts(directory)), **changes)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with random weights as transformers saves it."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("models") / "plain"
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA)).to(torch.bfloat16)  # type: ignore[arg-type]
+    model.generation_config.eos_token_id = [2, 7]
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def packed(llama: Path) -> Path:
+    """The same quantized to 4 bits in AutoRound's format."""
+    from safetensors.torch import load_file, save_file
+
+    from pipeline.loading.autoround_format import pack_symmetric
+
+    directory = llama.with_name("packed")
+    shutil.copytree(llama, directory)
+    state: dict[str, Any] = {}
+    for name, tensor in load_file(llama / "model.safetensors").items():
+        if name.endswith("_proj.weight"):
+            state |= pack_symmetric(tensor, 4, 32).named(name.removesuffix(".weight"))
+        else:
+            state[name] = tensor
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((llama / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"quantization_config": INT4}))
+    return directory
+
+
+def logits(loaded: Any) -> Any:
+    import torch
+
+    with torch.inference_mode():
+        return loaded.model(torch.arange(12).view(2, 6)).logits.float()
+
+
+def test_an_unquantized_model_is_loaded_as_planned_and_in_silence(
+    llama: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    plan = plan_of(llama)
+    loaded = load_model(plan)
+    assert plan.dtype == "float32"
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
+    assert not loaded.model.training
+    assert loaded.device == "cpu"
+    weights = sum(
+        need.num_bytes for need in plan.budgets[0].needs if need.part in {"attention", "mlp", "embeddings", "norms"}
+    )
+    assert weights <= loaded.weight_bytes < weights + 10_000  # and the rotary frequencies
+    assert loaded.peak_host_bytes > loaded.weight_bytes
+    assert loaded.load_s > 0
+    assert capfd.readouterr() == ("", "")
+    bfloat16 = load_model(replace(plan, dtype="bfloat16"))
+    assert {parameter.dtype for parameter in bfloat16.model.parameters()} == {torch.bfloat16}
+    assert torch.allclose(logits(loaded), logits(bfloat16), atol=0.02)
+
+
+def test_packed_and_unpacked_loading_give_the_same_model(packed: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    unpacked = load_model(plan_of(packed, weights="unpacked"))
+    stock = load_model(plan_of(packed, weights="packed"))
+    assert capfd.readouterr() == ("", "")
+    assert torch.allclose(logits(unpacked), logits(stock), atol=1e-3)
+    assert logits(unpacked).std() > 0.05
+    assert unpacked.model.generation_config.eos_token_id == stock.model.generation_config.eos_token_id == [2, 7]  # type: ignore[union-attr]
+    assert {type(layer) for layer in unpacked.model.modules() if "Linear" in type(layer).__name__} == {torch.nn.Linear}
+    assert stock.weight_bytes < unpacked.weight_bytes / 2
+    assert next(iter(stock.model.parameters())).dtype == torch.float32
+
+
+def test_missing_weights_are_not_made_up(llama: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(llama, tmp_path / "model")
+    state = load_file(llama / "model.safetensors")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NotFoundError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_model(plan_of(tmp_path / "model"))
+
+
+def test_weights_of_another_shape_are_not_loaded(llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    config = json.loads((llama / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"intermediate_size": 256}))
+    with pytest.raises(NotFoundError, match="do not fit the configuration"):
+        load_model(plan_of(tmp_path / "model"))
+
+
+def test_a_type_that_transformers_does_not_know_is_refused(tmp_path: Path) -> None:
+    write_model(tmp_path, LLAMA)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"model_type": "never_seen"}))
+    with pytest.raises(SpecError, match="does not know models of type 'never_seen'"):
+        load_model(plan_of(tmp_path))
+
+
+def test_what_cannot_be_loaded_is_refused_before_any_of_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write_model(tmp_path, LLAMA)
+    plan = plan_of(model)
+    monkeypatch.setattr("pipeline.loading.load_stock", None)
+    with pytest.raises(MachineError, match="not available yet: experts elsewhere"):
+        load_model(replace(plan, not_available="experts elsewhere"))
+    (model / "modeling.py").write_text("import os")
+    with pytest.raises(SpecError, match="Python code"):
+        load_model(plan)
+    (model / "modeling.py").unlink()
+    (model / "model.safetensors").unlink()
+    with pytest.raises(NotFoundError, match="no weights"):
+        load_model(plan)
+
+
+def test_memory_that_runs_out_and_libraries_that_lack_are_the_machines_fault(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error in (MemoryError("no room"), ImportError("No module named 'kernels'")):
+
+        def fail(*_args: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setitem(loading._LOADERS, "packed", fail)
+        with pytest.raises(MachineError, match=str(error)):
+            load_model(plan_of(llama))
+
+
+def test_the_environment_is_as_planned(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "77")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    threads = torch.get_num_threads()
+    try:
+        apply_environment(
+            plan_of(llama, num_threads=3, environment=(("OMP_NUM_THREADS", "3"), ("TOKENIZERS_PARALLELISM", "false")))
+        )
+        assert torch.get_num_threads() == 3
+        assert os.environ["OMP_NUM_THREADS"] == "3"
+        assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+    finally:
+        torch.set_num_threads(threads)

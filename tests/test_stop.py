@@ -1,0 +1,59 @@
+"""Signals and the time limit become one question; an ignored signal stays ignored."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pipeline.errors import StoppedError
+from pipeline.stop import SIGNALS, Stop
+
+
+def test_the_time_limit_stops_admission_before_it_abandons_what_is_in_flight() -> None:
+    stop = Stop(time_limit_s=0.4, grace_s=30)
+    assert not stop.requested
+    time.sleep(0.37)
+    assert stop.requested and stop.reason == "time_limit"
+    assert not stop.overdue
+    time.sleep(0.05)
+    assert stop.overdue
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_a_request_with_a_grace(number: signal.Signals) -> None:
+    stop = Stop(grace_s=0.05)
+    with stop.signals():
+        assert not stop.requested
+        os.kill(os.getpid(), number)
+        assert stop.requested and stop.reason == number.name
+        assert not stop.overdue
+        time.sleep(0.06)
+        assert stop.overdue
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_while_loading_a_signal_ends_at_once() -> None:
+    stop = Stop()
+    with stop.signals(), pytest.raises(StoppedError, match="SIGTERM"), stop.interrupting():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+
+def test_a_hangup_ignored_by_nohup_stays_ignored_and_a_second_signal_exits_with_75() -> None:
+    program = """
+import os, signal, time
+from pipeline.stop import Stop
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+stop = Stop()
+with stop.signals():
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not stop.requested
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.requested
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == StoppedError.exit_code
