@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.facts.checkpoint import Checkpoint
+from pipeline.facts.quantization import AUTO_GPTQ
 from pipeline.loading.autoround_format import PackedLinear, dequantize
 
 if TYPE_CHECKING:
     import torch
 
 GENERATION_CONFIG = "generation_config.json"
-PACKING = "auto_round:auto_gptq"
 
 
 def load_unpacked(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, set[str]]]:
@@ -33,8 +33,8 @@ def load_unpacked(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[torch.nn.
 
     config: Any = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
     quantization = config.quantization_config
-    if quantization.get("packing_format") != PACKING:
-        raise ValueError(f"{checkpoint.directory}: packed as {quantization.get('packing_format')!r}, not {PACKING!r}")
+    if quantization.get("packing_format") != AUTO_GPTQ:
+        raise ValueError(f"{checkpoint.directory}: packed as {quantization.get('packing_format')!r}, not {AUTO_GPTQ!r}")
     del config.quantization_config
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model, info = model_class.from_pretrained(
