@@ -6,11 +6,11 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from pipeline.errors import EXIT_OK, DataError, OvernightError, Problem, UsageError
+from pipeline.errors import EXIT_OK, EXIT_SOME_FAILED, DataError, OvernightError, Problem, UsageError
 
 app = typer.Typer(
     name="overnight",
@@ -114,12 +114,54 @@ def status(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -
         sys.stdout.write(f"{report}\n")
 
 
+@app.command(
+    epilog="Examples: overnight bench jobs/quickstart.yaml --baseline stock > now.json; "
+    "overnight bench --compare before.json now.json"
+)
+def bench(
+    job: Annotated[Path | None, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)] = None,
+    overrides: Overrides = None,
+    limit: Limit = None,
+    passes: Annotated[int, typer.Option(min=1, metavar="N", help="Times through the data, after a warm-up.")] = 3,
+    baseline: Annotated[
+        Literal["stock"] | None, typer.Option(help="Measure stock transformers in turn, in batches of 16.")
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(metavar="A.json B.json", help="Compare two results instead.")
+    ] = None,
+) -> None:
+    """Measure the job's throughput on its input; writes no answers.
+
+    A table and VALID or INVALID, with reasons, on standard error; the result as JSON on standard output. Exit code 3
+    where the figures are INVALID.
+    """
+    from pipeline.tools import bench as tool
+
+    if (job is None) == (compare is None):
+        raise UsageError("bench takes a job file, or --compare with two results")
+    if compare is not None:
+        sys.stdout.write(f"{tool.compare(*compare)}\n")
+        return
+    from pipeline.spec.job_file import load_spec
+
+    assert job is not None
+    spec = load_spec(job, overrides=overrides or ())
+    result = tool.bench_job(spec, num_passes=passes, limit=limit, stock=baseline is not None, say=_say)
+    _say(str(result))
+    _print_json(result.to_json())
+    raise typer.Exit(EXIT_OK if result.valid else EXIT_SOME_FAILED)
+
+
 @app.command(epilog="Example: overnight schema > job.schema.json")
 def schema() -> None:
     """Print the JSON Schema of the job file, for editors."""
     from pipeline.spec.job_schema import json_schema
 
     _print_json(json_schema())
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
 
 
 def _print_json(value: Any) -> None:

@@ -177,11 +177,12 @@ def _summary_facts(spec: JobSpec, plan: Plan, input_sha256: str) -> dict[str, Js
         "load_strategy": plan.load_strategy,
         "spec_fingerprint": fingerprint(spec),
         "input_sha256": input_sha256,
-        "versions": _versions(plan.engine),
+        "versions": library_versions(plan.engine),
     }
 
 
-def _versions(engine: str) -> dict[str, str]:
+def library_versions(engine: str) -> dict[str, str]:
+    """Of overnight, Python and the libraries that the engine computes with."""
     import platform
     from importlib.metadata import version
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.plan.plan import Plan
 from pipeline.records import Engine, Prompt, Rejection, Request
@@ -57,31 +59,23 @@ def _echo(spec: JobSpec, plan: Plan) -> EngineChoice:
     )
 
 
+def choose_stock_engine(spec: JobSpec, plan: Plan, facts: ModelFacts) -> EngineChoice:
+    """Stock transformers for the same plan, to be compared with: its own loading and its own `generate`."""
+    tokenizer, encoder = _encoding(spec, plan, facts.architecture.context_length)
+
+    def open_(_report: Report) -> tuple[Engine, float]:
+        from pipeline.engines.stock import StockEngine
+        from pipeline.loading import load_model
+
+        began = time.perf_counter()
+        loaded = load_model(replace(plan, weights="packed"))
+        return StockEngine(loaded.model, tokenizer(), encoder().thinking), time.perf_counter() - began
+
+    return EngineChoice(encoder=encoder, open=open_)
+
+
 def _transformers(spec: JobSpec, plan: Plan, context_length: int) -> EngineChoice:
-    from functools import cache
-    from pathlib import Path
-
-    assert plan.model_dir is not None
-    model_dir = Path(plan.model_dir)
-
-    @cache
-    def tokenizer():
-        from pipeline.prompting.encoder import load_tokenizer
-
-        return load_tokenizer(model_dir, trust_remote_code=plan.trust_remote_code)
-
-    @cache
-    def encoder() -> PromptEncoder:
-        from pipeline.prompting.encoder import PromptEncoder
-
-        return PromptEncoder(
-            tokenizer(),
-            context_length=context_length,
-            thinking_mode=spec.thinking.mode,
-            chat_template=spec.input.chat_template,
-            over_length=spec.input.over_length,
-            allow_control_tokens=spec.input.allow_control_tokens,
-        )
+    tokenizer, encoder = _encoding(spec, plan, context_length)
 
     def open_(report: Report) -> tuple[Engine, float]:
         from pipeline.engines.transformers import TransformersEngine
@@ -103,3 +97,30 @@ def _transformers(spec: JobSpec, plan: Plan, context_length: int) -> EngineChoic
         return engine, time.perf_counter() - began
 
     return EngineChoice(encoder=encoder, open=open_)
+
+
+def _encoding(spec: JobSpec, plan: Plan, context_length: int) -> tuple[Callable[[], Any], Callable[[], PromptEncoder]]:
+    """The model's tokenizer and its encoder, each read when it is first asked for."""
+    assert plan.model_dir is not None
+    model_dir = Path(plan.model_dir)
+
+    @cache
+    def tokenizer() -> Any:
+        from pipeline.prompting.encoder import load_tokenizer
+
+        return load_tokenizer(model_dir, trust_remote_code=plan.trust_remote_code)
+
+    @cache
+    def encoder() -> PromptEncoder:
+        from pipeline.prompting.encoder import PromptEncoder
+
+        return PromptEncoder(
+            tokenizer(),
+            context_length=context_length,
+            thinking_mode=spec.thinking.mode,
+            chat_template=spec.input.chat_template,
+            over_length=spec.input.over_length,
+            allow_control_tokens=spec.input.allow_control_tokens,
+        )
+
+    return tokenizer, encoder

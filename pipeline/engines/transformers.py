@@ -18,6 +18,7 @@ from pipeline.engines.batch import Batch, CausalModel
 from pipeline.engines.failures import is_fatal, item_error, release_memory
 from pipeline.engines.reply import Reply, Vocabulary
 from pipeline.engines.sampling import Sampler, stream_key
+from pipeline.engines.vocabulary import pad_id_of, vocabulary_of
 from pipeline.records import Completion, ItemError, Request, Timing, Unfinished
 
 if TYPE_CHECKING:
@@ -49,8 +50,8 @@ class TransformersEngine:
     ) -> None:
         self._model = CausalModel(model)
         self._tokenizer = tokenizer
-        self._vocabulary = _vocabulary(model, tokenizer, thinking)
-        self._pad_id = _pad_id(tokenizer, self._vocabulary)
+        self._vocabulary = vocabulary_of(model, tokenizer, thinking)
+        self._pad_id = pad_id_of(tokenizer, self._vocabulary)
         self._slots = slots
         self._most_rows = slots  # fewer after memory ran out
         self._cache_tokens = cache_tokens
@@ -257,24 +258,3 @@ def _forced(live: Sequence[_Row | None], device: torch.device) -> torch.Tensor |
     if all(token is None for token in forced):
         return None
     return torch.tensor([-1 if token is None else token for token in forced], device=device)
-
-
-def _vocabulary(model: Any, tokenizer: Any, thinking: ThinkingTags | None) -> Vocabulary:
-    def decode(token_ids: Sequence[int]) -> str:
-        return tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    generation_config = getattr(model, "generation_config", None)
-    named = getattr(generation_config, "eos_token_id", None)
-    end_ids = [*named] if isinstance(named, list | tuple) else [named]
-    end_ids.append(tokenizer.eos_token_id)  # a chat model's end of turn is sometimes named here alone
-    return Vocabulary(
-        decode=decode,
-        end_ids=frozenset(token for token in end_ids if token is not None),
-        open_id=thinking.open_id if thinking else None,
-        close_id=thinking.close_id if thinking else None,
-    )
-
-
-def _pad_id(tokenizer: Any, vocabulary: Vocabulary) -> int:
-    """Any id will do, since padding is hidden; a model may want it within its vocabulary."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(vocabulary.end_ids, default=0)
