@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+from pipeline.cache import cache_directory
 from pipeline.errors import MachineError, NotFoundError, OutputError, OvernightError, WriteError
 from pipeline.facts.checkpoint import open_checkpoint
 from pipeline.ledger.files import Files
@@ -32,7 +33,7 @@ from pipeline.loading import prepared as prepared_module
 from pipeline.loading import smollm2
 from pipeline.loading.autoround_format import pack_symmetric
 from pipeline.loading.builtin import BUILTIN_MODELS, prepare_builtin
-from pipeline.loading.prepared import MANIFEST, cache_directory, prepared
+from pipeline.loading.prepared import MANIFEST, prepared
 from pipeline.loading.unpack import load_unpacked
 
 REPOSITORY = Path(__file__).parent.parent

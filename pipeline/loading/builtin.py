@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.cache import cache_directory
 from pipeline.errors import NotFoundError, Problem
 from pipeline.loading.apart import apart
-from pipeline.loading.prepared import Progress, cache_directory, prepared
+from pipeline.loading.prepared import Progress, prepared
 from pipeline.loading.tiny_qwen3_next import write_tiny_qwen3_next
 
 

@@ -19,31 +19,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
-from pipeline.errors import BusyError, MachineError, NotFoundError, OutputError, Problem, WriteError
+from pipeline.cache import CACHE_VARIABLE
+from pipeline.errors import BusyError, MachineError, OutputError, Problem, WriteError
 from pipeline.ledger.files import DISK, make_directories
 from pipeline.ledger.lock import RunLock
 
 Progress: TypeAlias = "Callable[[str, float], None]"  # what is being done, and how much of the whole is done (0 to 1)
 
 MANIFEST = "manifest.json"
-CACHE_VARIABLE = "OVERNIGHT_CACHE"
 _LIBRARIES = ("torch", "transformers", "auto-round", "tokenizers", "safetensors", "gguf", "numpy")
 _DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS})
 _POLL_S = 0.2
-
-
-def cache_directory() -> Path:
-    """$OVERNIGHT_CACHE, or `overnight` in the user's cache directory. NotFoundError for a user who has no home."""
-    if chosen := os.environ.get(CACHE_VARIABLE):
-        return Path(chosen).absolute()
-    shared = os.environ.get("XDG_CACHE_HOME", "")
-    if Path(shared).is_absolute():  # the XDG specification has others ignored
-        return Path(shared) / "overnight"
-    try:
-        return Path.home() / ".cache" / "overnight"
-    except RuntimeError:
-        message = f"there is no home directory to keep models in; set {CACHE_VARIABLE} to a directory of yours"
-        raise NotFoundError(message) from None
 
 
 def prepared(

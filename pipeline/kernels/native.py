@@ -1,0 +1,83 @@
+"""Compiles a C file of the package for this processor when it is first needed, and keeps the library.
+
+A wheel cannot know the processor it will run on, and building against torch's headers takes a minute; a plain C file
+takes a second. Machines without a compiler go without: who asks gets the reason and has a path in torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline.cache import cache_directory
+from pipeline.errors import NotFoundError
+
+_COMPILERS = ("cc", "gcc", "clang")
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-std=gnu11")
+_TIMEOUT_S = 120
+_CPU_FIELDS = ("model name", "flags", "Features", "CPU part")  # of /proc/cpuinfo: what -march=native looks at
+
+
+class Native(NamedTuple):
+    """A compiled library, or the reason why there is none."""
+
+    library: ctypes.CDLL | None
+    reason: str
+
+
+@cache
+def native(source: Path) -> Native:
+    """The library of a C source file, compiled unless that was done before; never raises.
+
+    Call it once torch is imported: the library then takes the OpenMP that torch has brought along, so that both share
+    one set of threads. A function that computes in parallel takes the number of threads as an argument
+    (`torch.get_num_threads()`).
+    """
+    try:
+        return Native(_library(source, cache_directory() / "kernels"), "")
+    except (OSError, NotFoundError, subprocess.SubprocessError) as error:
+        reason = str(error)
+        if isinstance(error, subprocess.CalledProcessError):
+            reason = f"{error.cmd[0]} failed: {error.stderr.strip()[-300:]}"
+        return Native(None, reason)
+
+
+def _library(source: Path, directory: Path) -> ctypes.CDLL:
+    compiler = next(filter(None, map(shutil.which, [os.environ.get("CC") or "", *_COMPILERS])), None)
+    if compiler is None:
+        raise NotFoundError("there is no C compiler (cc, gcc or clang)")
+    compiled = directory / f"{source.stem}-{_key(source, compiler)}.so"
+    if compiled.exists():
+        with contextlib.suppress(OSError):  # cut short by a crash: made anew
+            return ctypes.CDLL(str(compiled))
+    directory.mkdir(parents=True, exist_ok=True)
+    # Whoever compiles at the same time writes another file; the last to finish replaces like with like.
+    handle, unfinished = tempfile.mkstemp(prefix=compiled.stem, suffix=".unfinished", dir=directory)
+    os.close(handle)
+    try:
+        command = [compiler, *_FLAGS, str(source), "-o", unfinished, "-lm"]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_S)
+        Path(unfinished).replace(compiled)
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
+    return ctypes.CDLL(str(compiled))
+
+
+def _key(source: Path, compiler: str) -> str:
+    """What the compiled code depends on."""
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=_TIMEOUT_S).stdout
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = [" ".join(os.uname())]
+    cpu = sorted({line for line in lines if line.startswith(_CPU_FIELDS)}) or lines
+    parts = [source.read_bytes(), compiler.encode(), version, " ".join(_FLAGS).encode(), "\n".join(cpu).encode()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
