@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -62,19 +63,12 @@ def validate(job: JobFile, overrides: Overrides = None, as_json: AsJson = False)
     from pipeline.spec.job_file import load_spec
     from pipeline.tools.validate import validate_job
 
-    found: list[dict[str, Any]] = []
-
-    def tell(problem: Problem) -> None:
-        if as_json:
-            found.append(asdict(problem))
-        else:
-            sys.stderr.write(f"{problem}\n")
-
+    tell, found = _teller(as_json=as_json)
     validation = validate_job(load_spec(job, overrides=overrides or ()), tell)
     if as_json:
         _print_json({**validation.to_json(), "problems": found})
     else:
-        sys.stderr.write(f"{validation}\n")
+        _say(str(validation))
     raise typer.Exit(DataError.exit_code if validation.num_bad else EXIT_OK)
 
 
@@ -112,6 +106,21 @@ def status(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -
         _print_json(report.to_json())
     else:
         sys.stdout.write(f"{report}\n")
+
+
+@app.command(epilog="Example: overnight verify jobs/quickstart.yaml --json")
+def verify(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Check a run's files, its output and its input: nothing lost, doubled or altered; exit code 65 if not."""
+    from pipeline.spec.job_file import load_spec
+    from pipeline.tools.verify import verify_job
+
+    tell, found = _teller(as_json=as_json)
+    verification = verify_job(load_spec(job, overrides=overrides or ()), tell)
+    if as_json:
+        _print_json({**verification.to_json(), "problems": found})
+    else:
+        _say(str(verification))
+    raise typer.Exit(DataError.exit_code if verification.num_problems else EXIT_OK)
 
 
 @app.command(
@@ -158,6 +167,12 @@ def schema() -> None:
     from pipeline.spec.job_schema import json_schema
 
     _print_json(json_schema())
+
+
+def _teller(*, as_json: bool) -> tuple[Callable[[Problem], None], list[dict[str, Any]]]:
+    """Takes problems as they are found: said at once, or kept in the list for one object at the end."""
+    found: list[dict[str, Any]] = []
+    return (lambda problem: found.append(asdict(problem))) if as_json else (lambda problem: _say(str(problem))), found
 
 
 def _say(text: str) -> None:

@@ -65,7 +65,7 @@ def run_job(
         files = tuple(expand_inputs(spec.input.path))
         parser = LineParser(spec)
         output = Path(spec.output.path)
-        identity = _identity(spec, files, limit)
+        identity = job_identity(spec, files, limit)
         if not fresh and (summary := find_finished(output, identity, resume=spec.run.resume)) is not None:
             say(f"{output} is finished already; nothing was done")
             return _finished(output, summary)
@@ -153,7 +153,9 @@ def prepare(
     return plan, choose_engine(spec, plan, facts)
 
 
-def _identity(spec: JobSpec, files: tuple[InputFile, ...], limit: int | None) -> Identity:
+def job_identity(spec: JobSpec, files: tuple[InputFile, ...], limit: int | None) -> Identity:
+    """What the job and its input are now, its model apart; reads no input yet. NotFoundError for a template file."""
+
     def measure(prefix_bytes: int | None) -> InputDigest:
         digest = digest_inputs(files, prefix_bytes=prefix_bytes, max_bytes=spec.input.max_bytes)
         return digest if limit is None else replace(digest, num_items=min(limit, digest.num_items))

@@ -38,7 +38,14 @@ def test_quick_commands_import_no_heavy_library(tmp_path: Path) -> None:
         "heavy = {'torch', 'transformers', 'tokenizers', 'numpy', 'accelerate', 'auto_round'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
-    for words in (["--help"], ["status", str(job)], ["schema"], ["validate", str(job)], ["run", str(job), "-q"]):
+    for words in (
+        ["--help"],
+        ["status", str(job)],
+        ["schema"],
+        ["validate", str(job)],
+        ["run", str(job), "-q"],
+        ["verify", str(job)],
+    ):
         run = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, cwd=REPOSITORY)
         assert run.returncode == 0, (words, run.stderr)
 
@@ -83,7 +90,7 @@ def test_standard_output_is_data(tmp_path: Path) -> None:
     assert json.loads(overnight("schema").stdout)["type"] == "object"
 
 
-@pytest.mark.parametrize("command", ["run", "validate", "plan", "status", "schema"])
+@pytest.mark.parametrize("command", ["run", "validate", "plan", "status", "verify", "schema"])
 def test_every_command_explains_itself_with_an_example(command: str) -> None:
     run = overnight(command, "--help")
     assert run.returncode == 0

@@ -160,7 +160,8 @@ def publish_record(published: Published, digest: InputDigest) -> Record:
     }
 
 
-def _begin(record: Record) -> History:
+def begin_history(record: Record) -> History:
+    """The state that a journal's first record tells. Raises KeyError, TypeError or ValueError for any other."""
     if record["kind"] != "header":
         raise ValueError("this is no journal of overnight")
     if record["version"] != VERSION:
@@ -179,7 +180,7 @@ def replay(path: Path) -> tuple[History, int]:
     try:
         for record, line_end in read_journal(path):
             if history is None:
-                history = _begin(record)
+                history = begin_history(record)
             else:
                 history.apply(record)
             end = line_end

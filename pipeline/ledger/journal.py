@@ -15,7 +15,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.errors import DataError, Problem
 from pipeline.ledger.files import GrowingFile
@@ -45,27 +45,40 @@ def decode_line(line: bytes) -> tuple[Record, int] | None:
         return None
 
 
+class JournalLine(NamedTuple):
+    """One line of the file, from `offset` to `end`; `record` is None where it is not whole."""
+
+    offset: int
+    end: int
+    record: Record | None
+    synced: int
+
+
+def scan_journal(path: Path) -> Iterator[JournalLine]:
+    """Every line of the file, whole or not. Raises OSError."""
+    with path.open("rb") as file:
+        end = 0
+        for line in file:
+            offset, end = end, end + len(line)
+            record, synced = decode_line(line) or (None, 0)
+            yield JournalLine(offset, end, record, synced)
+
+
 def read_journal(path: Path) -> Iterator[tuple[Record, int]]:
     """The records of the longest whole beginning of the file, each with the offset at which its line ends.
 
     Raises DataError at the end of that beginning where what follows is no torn tail but damage.
     """
-    with path.open("rb") as file:
-        end = 0
-        for line in file:
-            decoded = decode_line(line)
-            if decoded is None:
-                break
-            record, synced = decoded
-            if synced > end:
-                raise damaged(path, f"lines are missing before byte {end}")
-            end += len(line)
-            yield record, end
-        # Whatever is left follows a bad line.
-        for line in file:
-            decoded = decode_line(line)
-            if decoded is not None and decoded[1] > end:
-                raise damaged(path, f"the line at byte {end} is damaged, and lines after it are not")
+    end = 0
+    is_whole = True
+    for line in scan_journal(path):
+        is_whole = is_whole and line.record is not None
+        if line.synced > end:
+            what = "lines are missing before" if is_whole else "a line is damaged, and lines after it are not, at"
+            raise damaged(path, f"{what} byte {end}")
+        if is_whole and line.record is not None:
+            end = line.end
+            yield line.record, end
 
 
 def read_first_and_last(path: Path) -> tuple[Record, Record]:

@@ -21,7 +21,7 @@ from pipeline.ledger.history import History, publish_record
 from pipeline.ledger.identity import Identity
 from pipeline.ledger.journal import Journal, Record, damaged, write_runs
 from pipeline.ledger.lock import RunLock
-from pipeline.ledger.partial import LineIndex
+from pipeline.ledger.partial import LineIndex, read_groups
 from pipeline.ledger.publish import place_output, sha256_of, write_output, write_summary
 from pipeline.ledger.recovery import Resume, begin, move_aside, recover, refuse_existing
 from pipeline.records import Completion, Json, Request, Unfinished
@@ -250,7 +250,8 @@ class Ledger:
         if decided is None or sha256_of(paths.output) != decided.sha256:
             sessions = list(history.sessions)
             sessions[-1] = replace(sessions[-1], duration=self._elapsed_s(), ended="finished")
-            lines = LineIndex(paths.journal, paths.partial, self.num_answers)
+            groups = read_groups(paths.journal, paths.partial)
+            lines = LineIndex(paths.partial, self.num_answers, groups)
             built = write_output(
                 self._files,
                 self._patience,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 from array import array
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from pipeline.ledger.journal import damaged, read_journal, read_runs, unreadable
+from pipeline.ledger.journal import Record, damaged, read_journal, read_runs, unreadable
 
 _RUN_BYTES = 1 << 20  # lines that lie in order are read this many at a time
 
@@ -23,6 +23,7 @@ class Group:
     start: int
     data: bytes
     numbers: list[int]
+    failed: list[int]  # those of `numbers` that are answered with an error
 
 
 def read_groups(journal: Path, partial: Path) -> Iterator[Group]:
@@ -30,30 +31,34 @@ def read_groups(journal: Path, partial: Path) -> Iterator[Group]:
 
     Raises DataError where the file is too short or a group has changed.
     """
-    with _open_to_read(partial) as descriptor:
+    with open_to_read(partial) as descriptor:
         for record, _ in read_journal(journal):
-            if record["kind"] != "commit":
-                continue
-            start, end, numbers = record["start"], record["end"], read_runs(record["numbers"])
-            data = read_exactly(descriptor, end - start, start)
-            if len(data) < end - start:
-                raise damaged(partial, f"ends at byte {start + len(data)}, and {end} bytes of it were committed")
-            if hashlib.sha256(data).hexdigest() != record["sha256"]:
-                raise damaged(partial, f"bytes {start} to {end} are not those that were committed")
-            if data.count(b"\n") != len(numbers):
-                raise damaged(journal, f"names another number of answers than lie in bytes {start} to {end}")
-            yield Group(start, data, numbers)
+            if record["kind"] == "commit":
+                yield read_group(descriptor, journal, partial, record)
+
+
+def read_group(descriptor: int, journal: Path, partial: Path, record: Record) -> Group:
+    """The group that a commit's record names, from the open partial file. Raises DataError as `read_groups` does."""
+    start, end, numbers = record["start"], record["end"], read_runs(record["numbers"])
+    data = read_exactly(descriptor, end - start, start)
+    if len(data) < end - start:
+        raise damaged(partial, f"ends at byte {start + len(data)}, and {end} bytes of it were committed")
+    if hashlib.sha256(data).hexdigest() != record["sha256"]:
+        raise damaged(partial, f"bytes {start} to {end} are not those that were committed")
+    if data.count(b"\n") != len(numbers):
+        raise damaged(journal, f"names another number of answers than lie in bytes {start} to {end} of {partial}")
+    return Group(start, data, numbers, read_runs(record["failed"]))
 
 
 class LineIndex:
     """Where the line of each number lies in the partial file; twelve bytes of memory a line."""
 
-    def __init__(self, journal: Path, partial: Path, num_lines: int) -> None:
-        """Reads and checks all groups. Raises DataError as `read_groups` does."""
+    def __init__(self, partial: Path, num_lines: int, groups: Iterable[Group]) -> None:
+        """Of a number that comes twice the later line counts. Raises what reading `groups` raises."""
         self._partial = partial
         self._offsets = array("Q", (0,)) * num_lines
         self._lengths = array("I", (0,)) * num_lines
-        for group in read_groups(journal, partial):
+        for group in groups:
             self._add(group)
 
     def _add(self, group: Group) -> None:
@@ -65,7 +70,7 @@ class LineIndex:
 
     def read_in_order(self) -> Iterator[bytes]:
         """The lines of all numbers in ascending order, many at a time where they lie side by side."""
-        with _open_to_read(self._partial) as descriptor:
+        with open_to_read(self._partial) as descriptor:
             for start, end in self._stretches():
                 yield read_exactly(descriptor, end - start, start)
 
@@ -83,7 +88,8 @@ class LineIndex:
 
 
 @contextmanager
-def _open_to_read(path: Path) -> Generator[int]:
+def open_to_read(path: Path) -> Generator[int]:
+    """A descriptor of the file; whatever the system refuses in this block is a DataError."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:

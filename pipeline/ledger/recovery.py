@@ -44,7 +44,7 @@ def read_run(output: Path) -> RunState:
         return RunState("damaged", process=process, problem=error)
     if process is not None:
         return RunState("running", history, process)
-    if history.is_published and _is_in_place(paths, history.published[-1]):
+    if history.is_published and is_in_place(paths, history.published[-1]):
         return RunState("finished", history)
     try:
         _check_output(paths, history, whole)
@@ -65,7 +65,7 @@ def find_finished(
     """
     paths = RunPaths(output)
     found = read_published(paths.journal)
-    if found is None or not _is_in_place(paths, found[1]):
+    if found is None or not is_in_place(paths, found[1]):
         return None
     if resume == "never":
         refuse_existing(paths)
@@ -152,7 +152,7 @@ def _old(path: Path, number: int) -> Path:
     return path.with_name(f"{path.name}.old-{number}")
 
 
-def _is_in_place(paths: RunPaths, published: Published) -> bool:
+def is_in_place(paths: RunPaths, published: Published) -> bool:
     """Whether output and summary are there; of the output the size is taken for the content."""
     try:
         right_size = paths.output.stat().st_size == published.num_bytes
