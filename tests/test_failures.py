@@ -10,6 +10,7 @@ import torch
 
 from tests.tiny_models import (
     END,
+    ENGINES,
     PAD,
     answers,
     bytes_tokenizer,
@@ -22,7 +23,8 @@ from tests.tiny_models import (
 )
 
 
-def test_the_row_that_makes_the_model_fail_is_answered_with_the_error_and_its_mates_as_ever() -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_row_that_makes_the_model_fail_is_answered_with_the_error_and_its_mates_as_ever(engine: str) -> None:
     poison = 255
 
     def refuse(input_ids: torch.Tensor) -> None:
@@ -31,7 +33,7 @@ def test_the_row_that_makes_the_model_fail_is_answered_with_the_error_and_its_ma
 
     requests = [request(index, prompt) for index, prompt in enumerate(prompts(9, seed=8))]
     requests[5] = request(5, [1, poison, 2])
-    found = answers(engine_of(tampered(refuse), slots=9), requests)
+    found = answers(engine_of(tampered(refuse), engine=engine, slots=9), requests)
     failed = found.pop((5, 0))
     assert failed.finish_reason == "error"
     assert failed.error is not None
@@ -41,7 +43,8 @@ def test_the_row_that_makes_the_model_fail_is_answered_with_the_error_and_its_ma
     assert texts(found) == texts(answers(engine_of(tiny_model("llama"), slots=9), requests))
 
 
-def test_an_answer_whose_text_cannot_be_made_fails_alone() -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_answer_whose_text_cannot_be_made_fails_alone(engine: str) -> None:
     requests = [request(index, prompt, max_new_tokens=3 + index) for index, prompt in enumerate(prompts(6))]
     expected = answers(engine_of(tiny_model("llama")), requests)
 
@@ -52,7 +55,7 @@ def test_an_answer_whose_text_cannot_be_made_fails_alone() -> None:
         return text
 
     tokenizer = SimpleNamespace(decode=decode, eos_token_id=END, pad_token_id=PAD)
-    found = answers(engine_of(tiny_model("llama"), tokenizer), requests)
+    found = answers(engine_of(tiny_model("llama"), tokenizer, engine=engine), requests)
     failed = found.pop((3, 0))
     assert failed.error
     assert failed.error.type == "engine_error"

@@ -13,7 +13,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.engines.transformers import TransformersEngine
+from pipeline.engines.padded import PaddedEngine
+from pipeline.engines.slots import SlotEngine
 from pipeline.records import Completion, Item, Request, Settings
 
 torch.set_num_threads(1)  # tests run in parallel, and these models have nothing to share out
@@ -129,7 +130,11 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
 
 
-def engine_of(model: Any, tokenizer: Any = None, **changes: Any) -> TransformersEngine:
+ENGINES = ("padded", "slots")
+PACKED = ("llama", "qwen3", "qwen3-moe", "gemma3", "qwen3-next", "gpt2")  # the architectures that slots serve
+
+
+def engine_of(model: Any, tokenizer: Any = None, *, engine: str = "padded", **changes: Any) -> Any:
     options: dict[str, Any] = {
         "thinking": None,
         "slots": 4,
@@ -137,7 +142,8 @@ def engine_of(model: Any, tokenizer: Any = None, **changes: Any) -> Transformers
         "window": 16,
         "report": pytest.fail,
     }
-    return TransformersEngine(model, tokenizer or bytes_tokenizer(), **(options | changes))
+    kind = {"padded": PaddedEngine, "slots": SlotEngine}[engine]
+    return kind(model, tokenizer or bytes_tokenizer(), **(options | changes))
 
 
 def request(index: int, prompt: Sequence[int], *, sample: int = 0, **settings: Any) -> Request:
@@ -152,7 +158,7 @@ def prompts(count: int, seed: int = 0, longest: int = 30) -> list[list[int]]:
     return [torch.randint(0, 256, (length,), generator=generator).tolist() for length in lengths]
 
 
-def answers(engine: TransformersEngine, requests: Sequence[Request]) -> dict[tuple[int, int], Completion]:
+def answers(engine: Any, requests: Sequence[Request]) -> dict[tuple[int, int], Completion]:
     found = [answer for answer in engine.generate(iter(requests)) if answer is not None]
     assert sorted((answer.item.index, answer.sample) for answer in found) == sorted(
         (request.item.index, request.sample) for request in requests

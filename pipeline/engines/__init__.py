@@ -78,22 +78,19 @@ def _transformers(spec: JobSpec, plan: Plan, context_length: int) -> EngineChoic
     tokenizer, encoder = _encoding(spec, plan, context_length)
 
     def open_(report: Report) -> tuple[Engine, float]:
-        from pipeline.engines.transformers import TransformersEngine
+        from pipeline.engines.transformers import open_engine
         from pipeline.loading import load_model
 
         began = time.perf_counter()
         loaded = load_model(plan)
-        engine = TransformersEngine(
+        engine = open_engine(
             loaded.model,
             tokenizer(),
             thinking=encoder().thinking,
             slots=plan.slots,
             cache_tokens=plan.cache_tokens,
-            window=4 * plan.slots,
             report=report,
         )
-        if plan.slots > 1:
-            engine.self_check()
         return engine, time.perf_counter() - began
 
     return EngineChoice(encoder=encoder, open=open_)

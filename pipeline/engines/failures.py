@@ -7,6 +7,8 @@ import gc
 
 from pipeline.records import ItemError
 
+NOT_FINITE = ItemError("engine_error", "the model's scores for the next token are not numbers (NaN or infinite)")
+
 
 def item_error(exception: Exception, num_tokens: int, num_tokens_to_come: int) -> ItemError:
     """The answer to a request that fails alone: `out_of_memory` or `engine_error`."""

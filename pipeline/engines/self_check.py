@@ -1,18 +1,24 @@
-"""Compares a model's scores of a few prompts in one batch with those of each prompt alone."""
+"""Compares a model's scores of a few prompts computed together with those of each prompt alone."""
 # pyright: basic
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from pipeline.engines.batch import Batch, CausalModel
+from pipeline.engines.packed_model import PackedModel
+from pipeline.engines.slot_cache import Span, Step
+
+if TYPE_CHECKING:
+    import torch
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it asks: what is the capital of France, and why?"
 _NUM_STEPS = 1
 
 
 def difference_by_batch(model: CausalModel, token_ids: Sequence[int], pad_id: int) -> tuple[float, float]:
-    """The largest difference between scores in a batch and alone, and the most that rounding explains.
+    """The largest difference between scores in a padded batch and alone, and the most that rounding explains.
 
     Both are parts of the scores' own spread: root mean squares over the vocabulary, divided by the standard
     deviation. The prompts are `token_ids` and their beginning; compared are the scores of the first token of each
@@ -20,18 +26,74 @@ def difference_by_batch(model: CausalModel, token_ids: Sequence[int], pad_id: in
     """
     import torch
 
-    prompts = [token_ids[: max(1, len(token_ids) // 6)], token_ids]
+    prompts = _prompts(token_ids)
     largest = torch.zeros(())
     with torch.inference_mode():
         together = Batch(model, prompts, _NUM_STEPS, pad_id)
         apart = [Batch(model, [prompt], _NUM_STEPS, pad_id) for prompt in prompts]
         scores, alone = together.prefill(), torch.cat([batch.prefill() for batch in apart])
-        rounding = max(0.01, 32 * torch.finfo(scores.dtype).eps)
         for step in range(_NUM_STEPS + 1):
-            error = (scores.float() - alone.float()).square().mean(dim=-1).sqrt() / alone.float().std(dim=-1)
-            largest = torch.maximum(largest, error.max().cpu())  # NaN is kept
+            largest = torch.maximum(largest, _difference(scores, alone))
             if step < _NUM_STEPS:
                 tokens = alone.argmax(dim=-1).to(model.device)
                 scores = together.step(tokens)
                 alone = torch.cat([batch.step(token) for batch, token in zip(apart, tokens.split(1), strict=True)])
-    return largest.item(), rounding
+    return largest.item(), _rounding(scores)
+
+
+def difference_by_packing(model: Any, packed: PackedModel, token_ids: Sequence[int]) -> tuple[float, float]:
+    """The same for packed steps, compared with the model's own forward over each whole prompt.
+
+    The longer prompt is computed in two parts, the second beside the shorter prompt's first token of an answer.
+    """
+    import torch
+
+    short, long = _prompts(token_ids)
+    half = len(long) // 2
+    packed.cache.resize(len(short) + len(long) + 2)
+
+    def span(slot: int, first: int, num_tokens: int, num_before: int) -> Span:
+        return Span(slot, first, num_tokens, slot * (len(short) + 1), num_before)
+
+    def forward(tokens: Sequence[int], positions: Sequence[int], decoding: list[Span], prefill: list[Span]) -> Any:
+        ends = [one.first + one.num_tokens - 1 for one in (*decoding, *prefill)]
+        return packed.forward(tokens, positions, Step(decoding, prefill, packed.device), ends)
+
+    def alone(tokens: Sequence[int]) -> Any:
+        return model(input_ids=torch.tensor([tokens], device=packed.device), use_cache=False).logits[0, -1:]
+
+    with torch.inference_mode():
+        first_scores, second_scores = alone(short), alone(long)
+        first, second = int(first_scores.argmax()), int(second_scores.argmax())
+        wanted = torch.cat([first_scores, second_scores, alone([*short, first]), alone([*long, second])])
+        begun = forward(
+            [*short, *long[:half]],
+            [*range(len(short)), *range(half)],
+            [],
+            [span(0, 0, len(short), 0), span(1, len(short), half, 0)],
+        )
+        mixed = forward(
+            [first, *long[half:]],
+            [len(short), *range(half, len(long))],
+            [span(0, 0, 1, len(short))],
+            [span(1, 1, len(long) - half, half)],
+        )
+        decoded = forward([second], [len(long)], [span(1, 0, 1, len(long))], [])
+        found = torch.cat([begun[:1], mixed[1:], mixed[:1], decoded])
+    return _difference(found, wanted).item(), _rounding(found)
+
+
+def _prompts(token_ids: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    return token_ids[: max(1, len(token_ids) // 6)], token_ids
+
+
+def _difference(scores: torch.Tensor, alone: torch.Tensor) -> torch.Tensor:
+    """The largest over rows of [rows, vocabulary]; NaN is kept."""
+    error = (scores.float() - alone.float()).square().mean(dim=-1).sqrt() / alone.float().std(dim=-1)
+    return error.max().cpu()
+
+
+def _rounding(scores: torch.Tensor) -> float:
+    import torch
+
+    return max(0.01, 32 * torch.finfo(scores.dtype).eps)

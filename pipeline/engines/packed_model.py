@@ -1,0 +1,94 @@
+"""An unmodified transformers model over packed steps: tokens of many sequences in one call, each in its own context."""
+# pyright: basic
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from pipeline.engines.recurrent import RecurrentStates, is_recurrent, packed_forward
+from pipeline.engines.slot_cache import NotServedError, SlotCache, Step
+
+if TYPE_CHECKING:
+    import torch
+
+_names = itertools.count()
+
+
+class PackedModel:
+    """A model whose attention and recurrent layers ask a slot cache; `close` leaves it as it was.
+
+    Raises NotServedError for a model whose attention cannot be replaced from outside. Whether the rest of it minds
+    packing is for a comparison with its own scores to say.
+    """
+
+    def __init__(self, model: torch.nn.Module, num_slots: int) -> None:
+        from transformers import AttentionInterface, AttentionMaskInterface
+
+        self._model: Any = model
+        self.vocabulary: int = model.config.get_text_config(decoder=True).vocab_size  # type: ignore
+        self.device: torch.device = next(self._model.get_input_embeddings().parameters()).device
+        self.cache = SlotCache()
+        self._states = RecurrentStates(num_slots)
+        self._recurrent = [module for module in model.modules() if is_recurrent(module)]
+        self._parameters = inspect.signature(model.forward).parameters
+        # Names, because transformers keeps attention functions in a table for the whole process.
+        self._attention = f"overnight_slots_{next(_names)}"
+        AttentionInterface.register(self._attention, self.cache.attend)
+        AttentionMaskInterface.register(self._attention, _no_mask)
+        if "position_ids" not in self._parameters:
+            raise NotServedError("positions are not an input")
+
+    def forward(self, token_ids: Sequence[int], positions: Sequence[int], step: Step, wanted: Sequence[int]) -> Any:
+        """Scores [wanted, vocabulary] of the token after each of the step's tokens that `wanted` names.
+
+        `token_ids` and `positions` are those of the step's tokens, positions within each sequence.
+        """
+        import torch
+
+        places = torch.tensor(wanted, dtype=torch.int64, device=self.device)
+        inputs = {
+            "input_ids": torch.tensor([token_ids], device=self.device),
+            "position_ids": torch.tensor([positions], device=self.device),
+            "use_cache": False,
+        }
+        trims = "logits_to_keep" in self._parameters
+        if trims:
+            inputs["logits_to_keep"] = places
+        with self._packing(step):
+            logits = self._model(**inputs).logits[0]
+        return logits if trims else logits[places]
+
+    def copy(self, source: tuple[int, int], target: tuple[int, int], num_tokens: int) -> None:
+        """Give a sequence the first tokens of another: (slot, start of its room) of both."""
+        self.cache.copy(source[1], target[1], num_tokens)
+        self._states.copy(source[0], target[0])
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether what a slot knows is a state, of which only the latest exists."""
+        return bool(self._recurrent)
+
+    @contextmanager
+    def _packing(self, step: Step) -> Generator[None]:
+        """Within this block the model's layers ask the cache about this step; outside it is as it was."""
+        config = self._model.config
+        before = config._attn_implementation
+        config._attn_implementation = self._attention
+        for module in self._recurrent:
+            module.forward = packed_forward(module, self.cache, self._states)
+        self.cache.step = step
+        try:
+            yield
+        finally:
+            self.cache.step = None
+            config._attn_implementation = before
+            for module in self._recurrent:
+                del module.forward
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None

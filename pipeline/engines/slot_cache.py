@@ -1,0 +1,198 @@
+"""The context of all live sequences: keys and values in one pool a layer, recurrent states by slot, and attention.
+
+A packed step has no batch dimension to speak of: its tokens are those of many sequences, one row [1, tokens] for the
+model. Only attention and recurrent layers know which token belongs to whom, and they ask here.
+"""
+# pyright: basic
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive tokens of one sequence in a step."""
+
+    slot: int
+    first: int  # place of its first token among the step's tokens
+    num_tokens: int
+    start: int  # of the sequence's room in the pool
+    num_before: int  # tokens of the sequence that the pool holds already
+
+
+class Step:
+    """What a packed step consists of: first one token of each of several sequences, then prompts or parts of them."""
+
+    def __init__(self, decoding: Sequence[Span], prefill: Sequence[Span], device: torch.device) -> None:
+        import torch
+
+        self.decoding = decoding
+        self.prefill = prefill
+        spans = [*decoding, *prefill]
+        places: list[int] = []
+        for span in spans:
+            begin = span.start + span.num_before
+            places += range(begin, begin + span.num_tokens)
+
+        def whole_numbers(values: Sequence[int]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=device)
+
+        self.places = whole_numbers(places)  # [tokens]: of the step's tokens in the pool
+        self.slots = whole_numbers([span.slot for span in decoding])  # this and the next two [decoding]
+        self.starts = whole_numbers([span.start for span in decoding])
+        self.lengths = whole_numbers([span.num_before + 1 for span in decoding])  # with the new token
+
+
+class NotServedError(Exception):
+    """The model's layers do something that the pool cannot do."""
+
+
+class SlotCache:
+    """Keys and values [tokens, heads, head size] for each attention layer, made when a layer first asks."""
+
+    def __init__(self) -> None:
+        self.step: Step | None = None
+        self._num_tokens = 0
+        self._pools: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def resize(self, num_tokens: int) -> None:
+        """Hold so many tokens; what was held before is lost if that is another number."""
+        if num_tokens != self._num_tokens:
+            self._num_tokens = num_tokens
+            self._pools = {}
+
+    def attend(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        _mask: torch.Tensor | None,
+        *,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        **others: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """transformers' attention interface for a packed step.
+
+        `query` is [1, heads, tokens, head size]; `key` and `value`, with fewer heads perhaps, hold the same tokens.
+        Returns [1, tokens, heads, value size]. Raises NotServedError for what only some models ask of attention.
+        """
+        if unknown := [name for name in ("softcap", "s_aux") if others.get(name) is not None]:
+            raise NotServedError(f"attention with {unknown[0]}")
+        if self.step is None:
+            raise NotServedError("attention outside a packed step")
+
+        step = self.step
+        keys, values = self._pool(module.layer_idx, key, value)
+        keys[step.places] = key[0].transpose(0, 1)
+        values[step.places] = value[0].transpose(0, 1)
+        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        output = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
+        num_decoding = len(step.decoding)
+        if num_decoding:
+            output[:num_decoding] = attend_one(
+                query[0, :, :num_decoding].transpose(0, 1),
+                keys,
+                values,
+                step.starts,
+                step.lengths,
+                scale,
+                sliding_window,
+            )
+        for span in step.prefill:
+            end = span.first + span.num_tokens
+            part = slice(span.start, span.start + span.num_before + span.num_tokens)
+            output[span.first : end] = attend_causally(
+                query[:, :, span.first : end], keys[part], values[part], span.num_before, scale, sliding_window
+            )
+        return output.unsqueeze(0), None
+
+    def copy(self, source: int, target: int, num_tokens: int) -> None:
+        """Copy the keys and values of so many tokens from one place of the pool to another."""
+        for pools in self._pools.values():
+            for pool in pools:
+                pool[target : target + num_tokens] = pool[source : source + num_tokens]
+
+    def _pool(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer not in self._pools:
+            self._pools[layer] = tuple(  # type: ignore[assignment]
+                new.new_empty(self._num_tokens, new.shape[1], new.shape[-1]) for new in (key, value)
+            )
+        return self._pools[layer]
+
+
+def attend_causally(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    num_before: int,
+    scale: float,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """Attention of the last tokens of one sequence to all of it.
+
+    `query` [1, heads, n, size]; `keys` and `values` [num_before + n, key heads, size]. Returns [n, heads, size].
+    """
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    num_tokens, num_keys = query.shape[2], keys.shape[0]
+    windowed = sliding_window is not None and num_keys > sliding_window
+    mask = None
+    if num_before or windowed:
+        mask = torch.ones(num_tokens, num_keys, dtype=torch.bool, device=query.device).tril(num_before)
+        if sliding_window is not None and windowed:
+            mask = mask.triu(num_before - sliding_window + 1)
+    output = scaled_dot_product_attention(
+        query,
+        keys.transpose(0, 1).unsqueeze(0),
+        values.transpose(0, 1).unsqueeze(0),
+        attn_mask=mask,
+        is_causal=mask is None and num_tokens > 1,
+        scale=scale,
+        enable_gqa=query.shape[1] != keys.shape[1],
+    )
+    return output[0].transpose(0, 1)
+
+
+def attend_one(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    starts: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """Attention of the last token of each of several sequences to all of its own.
+
+    `query` [rows, heads, size]; `keys` and `values` [pool, key heads, size]; `starts` and `lengths` int64 [rows].
+    Returns [rows, heads, value size].
+    """
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    longest = int(lengths.max())
+    columns = torch.arange(longest, device=query.device)
+    mask = columns < lengths[:, None]
+    if sliding_window is not None:
+        mask &= columns >= lengths[:, None] - sliding_window
+    # Beyond its end a sequence sees its own last place again: what lies there may be no number, and 0 x NaN is NaN.
+    places = starts[:, None] + columns.minimum(lengths[:, None] - 1)
+    rows, heads, size = query.shape
+    key_heads = keys.shape[1]
+    output = scaled_dot_product_attention(
+        query.reshape(rows, key_heads, heads // key_heads, size),  # query heads that share a key head are its queries
+        keys[places].transpose(1, 2),
+        values[places].transpose(1, 2),
+        attn_mask=mask[:, None, None],
+        scale=scale,
+    )
+    return output.reshape(rows, heads, -1)

@@ -1,0 +1,227 @@
+"""Generates with a fixed pool of slots: every step computes a token of each answer under way and parts of new prompts.
+
+Each sequence has its own position, context and end; one that finishes is replaced at once. What a step fails on is
+found by computing its sequences one by one.
+"""
+# pyright: basic
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipeline.engines import self_check
+from pipeline.engines.failures import NOT_FINITE, is_fatal, item_error, release_memory
+from pipeline.engines.packed_model import PackedModel
+from pipeline.engines.row import Row
+from pipeline.engines.sampling import Sampler, stream_key
+from pipeline.engines.schedule import Part, Schedule, Seat
+from pipeline.engines.slot_cache import Span, Step
+from pipeline.engines.vocabulary import vocabulary_of
+from pipeline.records import Completion, ItemError, Request, Unfinished
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.prompting.encoder import ThinkingTags
+
+STEP_TOKENS = 512  # in one step; above some hundreds of rows a CPU's matrix products gain nothing more
+_LEAST_STEP_TOKENS = 16  # memory that does not suffice for so few will not suffice for fewer
+
+
+class SlotEngine:
+    """At most `slots` sequences are live; all of their tokens, prompt and the longest answer, fit `cache_tokens`.
+
+    A longer sequence runs alone. `window` requests wait beyond those that are live, for the longest of them to go
+    first. `report` takes sentences for the user. Raises NotServedError for a model that cannot be packed.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer: Any,
+        *,
+        thinking: ThinkingTags | None,
+        slots: int,
+        cache_tokens: int,
+        window: int,
+        report: Callable[[str], None],
+        step_tokens: int = STEP_TOKENS,
+    ) -> None:
+        self._own = model
+        self._tokenizer = tokenizer
+        self._model = PackedModel(model, slots)
+        self._vocabulary = vocabulary_of(model, tokenizer, thinking)
+        self._sampler = Sampler(slots, self._model.vocabulary, self._model.device)
+        self._slots = slots
+        self._cache_tokens = cache_tokens
+        self._window = window
+        self._full_step_tokens = self._step_tokens = max(step_tokens, slots)  # fewer after memory ran out
+        self._report = report
+        self._in_flight: dict[tuple[int, int], Row] = {}
+        self._begin()
+
+    def generate(self, requests: Iterator[Request]) -> Generator[Completion | None]:
+        self._begin()
+        try:
+            while True:
+                yield from self._take(requests)
+                self._admit()
+                if not self._schedule.live:
+                    return
+                yield from self._step()
+        finally:
+            self._begin()
+
+    def unfinished(self) -> Sequence[Unfinished]:
+        """Answers taken and not yet given, with their tokens so far; none once the iterator is closed."""
+        return [row.unfinished() for row in self._in_flight.values() if row.reply.tokens]
+
+    def close(self) -> None:
+        """Give up the model and its memory; nothing can be generated after."""
+        vars(self).pop("_model", None)
+        vars(self).pop("_own", None)
+        release_memory()
+
+    def self_check(self) -> tuple[float, float]:
+        """How far packed scores are from the model's own for a few prompts, and how far rounding may take them."""
+        return self_check.difference_by_packing(self._own, self._model, self._tokenizer(self_check.TEXT)["input_ids"])
+
+    def _begin(self) -> None:
+        self._in_flight = {}
+        self._schedule: Schedule[Row] = Schedule(num_slots=self._slots, room_tokens=self._cache_tokens)
+
+    def _take(self, requests: Iterator[Request]) -> Iterator[Completion]:
+        """Let requests in until as many wait as may; answers that an earlier session finished are given at once."""
+        while self._schedule.num_waiting + len(self._schedule.live) < self._slots + self._window:
+            request = next(requests, None)
+            if request is None:
+                return
+            row = Row(request, self._vocabulary)
+            self._in_flight[row.key] = row
+            if row.reply.finish_reason:
+                del self._in_flight[row.key]
+                yield row.completion()
+            else:
+                self._schedule.add(row)
+
+    def _admit(self) -> None:
+        for seat in self._schedule.admit():
+            request, reply = seat.row.request, seat.row.reply
+            key = stream_key(request.settings.seed, request.item.index, request.sample)
+            self._sampler.assign(seat.slot, request.settings, key, request.token_ids, reply.tokens)
+        self._model.cache.resize(self._schedule.room_tokens)
+
+    def _step(self) -> Generator[Completion | None]:
+        parts = self._schedule.parts(self._step_tokens)
+        for part in parts:
+            part.seat.row.start()
+        giving = [part.seat for part in parts if part.gives_token]
+        try:
+            tokens = self._compute(parts, giving)
+        except Exception as exception:  # a model may raise anything; the row at fault is found by going one by one
+            if is_fatal(exception):
+                raise
+            yield from self._begin_anew(parts, exception)
+            return
+        for part in parts:
+            part.seat.computed = part.end
+        answers = [answer for seat, token in zip(giving, tokens, strict=True) if (answer := self._push(seat, token))]
+        yield from answers or [None]
+
+    def _compute(self, parts: Sequence[Part[Row]], giving: Sequence[Seat[Row]]) -> list[int]:
+        """The next tokens of those whose known tokens all are computed with this step; -1 where there is none."""
+        import torch
+
+        token_ids: list[int] = []
+        positions: list[int] = []
+        decoding: list[Span] = []
+        prefill: list[Span] = []
+        wanted: list[int] = []
+        for part in parts:
+            seat, num_tokens = part.seat, part.end - part.begin
+            # A prompt of one token is prefill too: its slot holds nothing yet, or another's state.
+            spans = decoding if num_tokens == 1 and part.begin and not prefill else prefill
+            spans.append(Span(seat.slot, len(token_ids), num_tokens, seat.start, part.begin))
+            token_ids += seat.row.tokens(part.begin, part.end)
+            positions += range(part.begin, part.end)
+            if part.gives_token:
+                wanted.append(len(token_ids) - 1)
+        with torch.inference_mode():
+            step = Step(decoding, prefill, self._model.device)
+            scores = self._model.forward(token_ids, positions, step, wanted)
+            if not giving:
+                return []
+            slots = torch.tensor([seat.slot for seat in giving], device=scores.device)
+            return self._sampler.next_tokens(scores, slots, _forced(giving, scores.device)).tolist()
+
+    def _push(self, seat: Seat[Row], token: int) -> Completion | None:
+        """Give a sequence its next token; the answer if that was the last."""
+        row = seat.row
+        if token < 0:
+            self._schedule.release(seat)
+            return self._fail(row, NOT_FINITE)
+        try:
+            row.push(token)
+            answer = row.completion() if row.reply.finish_reason else None
+        except Exception as exception:  # noqa: BLE001 - its text cannot be made
+            self._schedule.release(seat)
+            return self._fail(row, item_error(exception, row.num_known, row.num_most - row.num_known))
+        row.alone = False
+        if answer is None:
+            return None
+        del self._in_flight[row.key]
+        self._grow()
+        self._schedule.release(seat)
+        return answer
+
+    def _begin_anew(self, parts: Sequence[Part[Row]], exception: Exception) -> Iterator[Completion]:
+        """After a step failed: its sequences are computed again from their first token, fewer together or alone.
+
+        Their tokens so far are kept. One that failed alone is answered with the error.
+        """
+        rows = [part.seat.row for part in parts]
+        num_tokens = sum(part.end - part.begin for part in parts)
+        error = item_error(exception, *max((row.num_known, row.num_most - row.num_known) for row in rows))
+        out_of_memory = error.type == "out_of_memory"
+        for part in parts:
+            self._schedule.release(part.seat)
+        if len(rows) == 1 and (not out_of_memory or num_tokens <= _LEAST_STEP_TOKENS):
+            yield self._fail(rows[0], error)
+            return
+        if out_of_memory:
+            self._shrink(len(rows), num_tokens)
+        for row in rows:
+            row.alone = not out_of_memory
+            self._schedule.add(row)
+
+    def _shrink(self, num_rows: int, num_tokens: int) -> None:
+        """Memory ran out in a step of so many tokens: take half of it for a while."""
+        release_memory()
+        self._schedule.most_rows = max(1, min(self._schedule.most_rows, num_rows) // 2)
+        self._step_tokens = max(num_tokens // 2, _LEAST_STEP_TOKENS)
+        self._report(
+            f"out of memory with {num_rows} rows and {num_tokens} tokens in a step; going on with "
+            f"{self._schedule.most_rows} and {self._step_tokens}"
+        )
+
+    def _grow(self) -> None:
+        """An answer came to its end: what was taken back for lack of memory is tried again, a quarter at a time."""
+        schedule = self._schedule
+        if len(schedule.live) >= schedule.most_rows:
+            schedule.most_rows = min(schedule.most_rows + schedule.most_rows // 4 + 1, self._slots)
+            self._step_tokens = min(self._step_tokens + self._step_tokens // 4 + 1, self._full_step_tokens)
+
+    def _fail(self, row: Row, error: ItemError) -> Completion:
+        del self._in_flight[row.key]
+        return row.failure(error)
+
+
+def _forced(seats: Sequence[Seat[Row]], device: torch.device) -> torch.Tensor | None:
+    """The tokens that rows are made to take next, int64 [rows], -1 where a row chooses; None where all choose."""
+    import torch
+
+    forced = [seat.row.reply.forced_token for seat in seats]
+    if all(token is None for token in forced):
+        return None
+    return torch.tensor([-1 if token is None else token for token in forced], device=device)
