@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -30,6 +30,9 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no talk; errors only.")]
+TimeLimit = Annotated[
+    str | None, typer.Option(metavar="DURATION", help="Stop in good order after this time, e.g. 3h; exit code 75.")
+]
 Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N items, for a trial.")]
 
 
@@ -38,23 +41,26 @@ def run(
     job: JobFile,
     overrides: Overrides = None,
     limit: Limit = None,
-    time_limit: Annotated[
-        str | None, typer.Option(metavar="DURATION", help="Stop in good order after this time, e.g. 3h; exit code 75.")
-    ] = None,
+    time_limit: TimeLimit = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Move an earlier run's files aside and start anew.")] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer every prompt of the job's input; run again to resume."""
-    from pipeline.job import run_job
-    from pipeline.spec.job_file import load_spec
+    _run(job, overrides, time_limit, limit=limit, fresh=fresh, quiet=quiet, as_json=as_json)
 
-    if time_limit is not None:
-        overrides = [*(overrides or ()), f"run.time_limit={time_limit}"]
-    outcome = run_job(load_spec(job, overrides=overrides or ()), limit=limit, fresh=fresh, quiet=quiet)
-    if as_json:
-        _print_json(outcome.summary)
-    raise typer.Exit(outcome.exit_code)
+
+@app.command(epilog="Example: overnight retry jobs/quickstart.yaml")
+def retry(
+    job: JobFile,
+    overrides: Overrides = None,
+    limit: Limit = None,
+    time_limit: TimeLimit = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Answer again the lines of a finished run whose answer is an error, and publish all anew."""
+    _run(job, overrides, time_limit, limit=limit, retry=True, quiet=quiet, as_json=as_json)
 
 
 @app.command(epilog="Example: overnight validate jobs/quickstart.yaml")
@@ -167,6 +173,18 @@ def schema() -> None:
     from pipeline.spec.job_schema import json_schema
 
     _print_json(json_schema())
+
+
+def _run(job: Path, overrides: list[str] | None, time_limit: str | None, *, as_json: bool, **options: Any) -> NoReturn:
+    from pipeline.job import run_job
+    from pipeline.spec.job_file import load_spec
+
+    if time_limit is not None:
+        overrides = [*(overrides or ()), f"run.time_limit={time_limit}"]
+    outcome = run_job(load_spec(job, overrides=overrides or ()), **options)
+    if as_json:
+        _print_json(outcome.summary)
+    raise typer.Exit(outcome.exit_code)
 
 
 def _teller(*, as_json: bool) -> tuple[Callable[[Problem], None], list[dict[str, Any]]]:

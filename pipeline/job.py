@@ -49,13 +49,19 @@ class Outcome:
 
 
 def run_job(
-    spec: JobSpec, *, limit: int | None = None, fresh: bool = False, quiet: bool = False, stop: Stop | None = None
+    spec: JobSpec,
+    *,
+    limit: int | None = None,
+    fresh: bool = False,
+    retry: bool = False,
+    quiet: bool = False,
+    stop: Stop | None = None,
 ) -> Outcome:
     """Answer every prompt of the job's input that has no answer yet, and publish when all have one.
 
-    `limit` runs only the first items; `fresh` moves the files of an earlier run aside. Raises an OvernightError for
-    whatever keeps the run from starting or going on; what was acknowledged stays, and the same call resumes. Signals
-    and `stop` end the run in good order.
+    `limit` runs only the first items; `fresh` moves the files of an earlier run aside; `retry` takes up a finished
+    run for the lines that are answered with an error. Raises an OvernightError for whatever keeps the run from starting
+    or going on; what was acknowledged stays, and the same call resumes. Signals and `stop` end the run in good order.
     """
     from pipeline.loading import apply_environment
 
@@ -66,8 +72,10 @@ def run_job(
         parser = LineParser(spec)
         output = Path(spec.output.path)
         identity = job_identity(spec, files, limit)
-        if not fresh and (summary := find_finished(output, identity, resume=spec.run.resume)) is not None:
-            say(f"{output} is finished already; nothing was done")
+        resume = "if-unchanged" if retry and spec.run.resume == "never" else spec.run.resume
+        summary = None if fresh else find_finished(output, identity, resume=resume)
+        if summary is not None and not (retry and summary["failed"]):
+            say(f"{output} is finished already; {'there is nothing to retry' if retry else 'nothing was done'}")
             return _finished(output, summary)
         with stop.interrupting():
             facts, model = locate_model(spec, say, quiet=quiet)
@@ -76,7 +84,8 @@ def run_job(
                 raise MachineError(Problem(f"not available yet: {plan.not_available}", field="model.load_strategy"))
             apply_environment(plan)
             encoder = choice.encoder()
-        with Ledger.open(output, replace(identity, model=model), resume=spec.run.resume, fresh=fresh) as ledger:
+        identity = replace(identity, model=model)
+        with Ledger.open(output, identity, resume=resume, fresh=fresh, retry=retry) as ledger:
             if not ledger.is_complete:
                 _say_beginning(ledger, plan, output, say)
                 try:

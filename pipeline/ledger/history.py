@@ -12,6 +12,7 @@ know the same. The kinds of record, and their fields beside `kind`:
                 answered with an error; tally; elapsed_s, the session's generation time so far
     unfinished  answers: [number, kept, token ids] each: the ids that follow the first `kept` known ones; elapsed_s
     end         ended, elapsed_s: the session ended in good order
+    retry       all answers that are errors are asked for again
     publish     sha256 and num_bytes of the output that is about to appear; summary; input as it is now; elapsed_s
 
 The number of an answer is index * num_samples + sample; `numbers` are runs as `journal.write_runs` writes them.
@@ -31,6 +32,7 @@ from pipeline.summary import Session, Tally
 
 VERSION = 1
 ANSWERED, FAILED = 1, 2  # in History.done
+_RETRIED = bytes(0 if state == FAILED else state for state in range(256))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ class History:
     unfinished: dict[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
     published: list[Published] = field(default_factory=list[Published])
     is_published: bool = False  # nothing has happened since the last of these
+    is_retry: bool = False  # published before, and going on for answers that were errors
 
     @property
     def is_complete(self) -> bool:
@@ -79,6 +82,8 @@ class History:
                 self._unfinished(record)
             case "end":
                 self._ended(record)
+            case "retry":
+                self._retry()
             case "publish":
                 self._publish(record)
             case kind:
@@ -134,11 +139,22 @@ class History:
             self.suspects |= self.admitted
         self.admitted.clear()
 
+    def _retry(self) -> None:
+        if not self.is_published:
+            raise ValueError("a retry of a run that was not finished")
+        self.num_done -= self.done.count(FAILED)
+        self.done = self.done.translate(_RETRIED)
+        self.tally.failed = 0
+        self.tally.errors.clear()
+        self.is_published = False
+        self.is_retry = True
+
     def _publish(self, record: Record) -> None:
         self._elapsed(record)
         self._end("finished")
         self.published.append(Published(record["sha256"], record["num_bytes"], record["summary"]))
         self.is_published = True
+        self.is_retry = False
 
     def _elapsed(self, record: Record) -> None:
         self.sessions[-1] = replace(self.sessions[-1], duration=record["elapsed_s"])

@@ -23,7 +23,7 @@ from pipeline.ledger.journal import Journal, Record, damaged, write_runs
 from pipeline.ledger.lock import RunLock
 from pipeline.ledger.partial import LineIndex, read_groups
 from pipeline.ledger.publish import place_output, sha256_of, write_output, write_summary
-from pipeline.ledger.recovery import Resume, begin, move_aside, recover, refuse_existing
+from pipeline.ledger.recovery import Resume, begin, move_aside, no_run, recover, refuse_existing
 from pipeline.records import Completion, Json, Request, Unfinished
 from pipeline.summary import Session, Tally
 
@@ -81,17 +81,23 @@ class Ledger:
         *,
         resume: Resume = "if-unchanged",
         fresh: bool = False,
+        retry: bool = False,
         files: Files = DISK,
         patience: Patience | None = None,
     ) -> Self:
         """Take up the run whose output is `output`, or begin it; `fresh` moves the files of an earlier run aside first.
 
+        `retry` takes up a finished run, or an earlier retry, for the answers that are errors: a finished run has those
+        to give again.
+
         Raises BusyError where another holds the run; SpecError naming each changed key; DataError for a changed input
         or a damaged file; OutputError for a stranger's output, for an earlier run if `resume` is never, and where the
-        files cannot be created.
+        files cannot be created. With `retry` NotFoundError where there is no run, UsageError where it is not finished.
         """
         paths = RunPaths(output)
         patience = patience or Patience()
+        if retry and not paths.journal.exists():
+            raise no_run(paths)
         if not paths.journal.exists():
             with creating(output.parent):
                 make_directories(files, output.parent)
@@ -101,9 +107,9 @@ class Ledger:
                 move_aside(files, paths)
             if not paths.journal.exists():
                 begin(files, patience, paths, identity)
-            elif resume == "never":
+            elif resume == "never" and not retry:
                 refuse_existing(paths)
-            recovered = recover(files, patience, paths, identity, may_grow=resume == "always")
+            recovered = recover(files, patience, paths, identity, may_grow=resume == "always", retry=retry)
             return cls(files, patience, paths, lock, recovered)
         except BaseException:
             lock.release()

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from pipeline.errors import DataError, OutputError, Problem
+from pipeline.errors import DataError, NotFoundError, OutputError, Problem, UsageError
 from pipeline.ledger.files import DISK, Files, GrowingFile, Patience, RunPaths, creating
 from pipeline.ledger.history import VERSION, History, Published, read_published, replay
 from pipeline.ledger.identity import Header, Identity, check_input, check_job, input_to_record, is_untouched
-from pipeline.ledger.journal import Journal, damaged, encode_line
+from pipeline.ledger.journal import Journal, Record, damaged, encode_line
 from pipeline.ledger.lock import lock_holder
 from pipeline.ledger.partial import read_groups
 from pipeline.ledger.publish import place_journal, stranger, summary_bytes
@@ -92,14 +92,17 @@ def begin(files: Files, patience: Patience, paths: RunPaths, identity: Identity)
 
 
 def recover(
-    files: Files, patience: Patience, paths: RunPaths, identity: Identity, *, may_grow: bool
+    files: Files, patience: Patience, paths: RunPaths, identity: Identity, *, may_grow: bool, retry: bool = False
 ) -> tuple[History, Journal, GrowingFile]:
     """Check all that there is, then cut off what was not committed; the history, and journal and partial to go on with.
 
     Nothing is changed before everything is checked. Can be killed anywhere and done again. Raises SpecError for a
-    changed job, DataError for a changed input or damage, OutputError for a stranger's output, WriteError.
+    changed job, DataError for a changed input or damage, OutputError for a stranger's output, UsageError for a `retry`
+    of what was never finished, WriteError.
     """
     history, whole = replay(paths.journal)
+    if retry and not (history.is_published or history.is_retry):
+        raise UsageError(Problem("is not finished yet; `overnight run` goes on with it", file=str(paths.output)))
     check_job(history.header, identity)
     grown = check_input(history.header, identity, may_grow=may_grow)
     _check_output(paths, history, whole)
@@ -118,11 +121,15 @@ def recover(
         partial = GrowingFile(files, paths.partial, patience)
         if partial.size > history.committed_bytes:
             partial.cut(history.committed_bytes)
-        if history.published and (grown is not None or not history.is_published):
+        news: list[Record] = []
+        if grown is not None:
+            news.append({"kind": "input", "input": input_to_record(grown)})
+        elif retry and history.is_published and history.tally.failed:
+            news.append({"kind": "retry"})
+        if history.published and (news or not history.is_published):
             files.unlink(paths.summary)  # the run is done no more
         files.sync_directory(paths.output.parent)
-    if grown is not None:
-        record = {"kind": "input", "input": input_to_record(grown)}
+    for record in news:
         journal.append(record)
         history.apply(record)
     return history, journal, partial
@@ -141,6 +148,11 @@ def move_aside(files: Files, paths: RunPaths) -> None:
                 files.rename(path, _old(path, number))
     with creating(paths.output):
         files.sync_directory(paths.output.parent)
+
+
+def no_run(paths: RunPaths) -> NotFoundError:
+    """The refusal of what only makes sense for a run that was begun."""
+    return NotFoundError(Problem("there is no run yet; `overnight run` begins it", file=str(paths.journal)))
 
 
 def refuse_existing(paths: RunPaths) -> NoReturn:

@@ -15,6 +15,7 @@ from pipeline.ledger.history import History
 from pipeline.ledger.identity import Header, check_input, check_job
 from pipeline.ledger.lock import lock_holder
 from pipeline.ledger.partial import Group, LineIndex
+from pipeline.ledger.recovery import no_run
 from pipeline.source.inputs import expand_inputs
 from pipeline.source.json_object import BadJsonError, read_object
 from pipeline.spec.keys import JobSpec
@@ -124,7 +125,7 @@ def verify_job(spec: JobSpec, tell: Callable[[Problem], None]) -> Verification:
         tell(problem)
 
     if not paths.journal.exists():
-        raise NotFoundError(Problem("there is no run to verify; `overnight run` begins it", file=str(paths.journal)))
+        raise no_run(paths)
     process = lock_holder(paths.lock)
     audit = Audit(paths.output, count)
     history = audit.history

@@ -133,6 +133,16 @@ def grown(root: Path, leave_out: LeaveOut | None = None) -> tuple[Recorder, int]
     return recorder, 0
 
 
+def retried(root: Path, leave_out: LeaveOut | None = None) -> tuple[Recorder, int]:
+    """A finished run is taken up for its failed answer, which fails again."""
+    write_state({"runs/": b""}, root)
+    finish(root / X, UnsyncedFiles())
+    recorder = Recorder(root, leave_out=leave_out)
+    run_session(root / X, recorder, retry=True)
+    recorder.die()
+    return recorder, 0
+
+
 JUDGES: dict[Scenario, Callable[[dict[str, bytes], Notes | None, Path], Iterator[str]]] = {
     fresh: wrong_of_fresh,
     grown: partial(wrong, earlier=3),
@@ -167,7 +177,7 @@ def test_power_loss_anywhere_in_a_run(tmp_path):
     assert assert_sound(undisturbed, tmp_path) > 80
 
 
-@pytest.mark.parametrize("scenario", [stopped, fresh, grown])
+@pytest.mark.parametrize("scenario", [stopped, fresh, grown, retried])
 def test_power_loss_anywhere_in_a_later_session(tmp_path, scenario):
     assert assert_sound(scenario, tmp_path) > 50
 
