@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 JOBS ?= auto
+FAULT_SCALE ?= 1
 # What a lock file must not hold: a build's suffix, and what only one platform's build of torch needs.
 PORTABLE := sed -E 's/\+cpu$$//' | grep -vE '^(nvidia-|triton|cuda-)'
 
@@ -22,8 +23,8 @@ check: $(VENV)/.installed-dev  ## what developers run before a commit
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q -n $(JOBS)
 
-faults: $(VENV)/.installed-dev  ## the slow tests: crash states, kills, real models
-	$(BIN)/python -m pytest -q -n $(JOBS) -m slow
+faults: $(VENV)/.installed-dev  ## the slow tests and the fault suite in full, up to two hours; FAULT_SCALE=0.25 for a quarter
+	FAULT_SCALE=$(FAULT_SCALE) $(BIN)/python -m pytest -q -n $(JOBS) -m '(slow or faults) and not gpu'
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

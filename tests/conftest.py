@@ -1,8 +1,11 @@
-"""Settings that all tests share."""
+"""Settings that all tests share, and the table of the fault suite."""
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.faults.trials import table
 
 # Tests run beside each other, one process a core; more threads each would only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,3 +13,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A busy machine must not fail a test for being slow; a failing example is printed and can be replayed.
 settings.register_profile("default", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("default")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the fault tests have tried, where they were asked for in full."""
+    if "FAULT_SCALE" not in os.environ:
+        return
+    reports = [report for key in ("passed", "failed") for report in terminalreporter.stats.get(key, [])]
+    failed = {report.nodeid for report in reports if report.failed}
+    # What a fixture tells at its end comes with the report of the teardown, and that one counts as "".
+    for report in terminalreporter.stats.get("", []):
+        reports.append(report)
+    told = {
+        report.nodeid: values
+        for report in reports
+        for name, values in report.user_properties
+        if name == "trials" and values["promise"]
+    }
+    terminalreporter.section(f"faults, at {os.environ['FAULT_SCALE']} of the full counts")
+    for line in table((node, node in failed, values) for node, values in told.items()):
+        terminalreporter.write_line(line)

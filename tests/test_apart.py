@@ -9,7 +9,7 @@ from pipeline.loading.apart import apart
 
 
 def make_noisily(directory: Path, progress) -> None:
-    print("noise")  # noqa: T201
+    print("noise")
     progress("half", 0.5)
     (directory / "file").write_text("made")
 

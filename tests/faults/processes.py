@@ -1,0 +1,180 @@
+"""Real processes that run `overnight`, cheap enough for thousands, and a witness of what each of them acknowledged.
+
+A process is forked from a server that has the program loaded, so that it starts in milliseconds. Before it runs the
+command it may be prepared: a limit set, an operation made to fail, a part of the program replaced by a broken one. The
+witness is a file outside of the run's directory, so that what happens to the run's disk does not happen to it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pipeline.cli
+import pipeline.engines.echo
+import pipeline.job
+import pipeline.plan.plan
+import pipeline.probe
+import pipeline.spec.job_file
+from pipeline.ledger import ledger as ledger_module
+from pipeline.ledger.files import Files
+from tests.command import write_job
+
+_context = get_context("forkserver")
+_context.set_forkserver_preload(["tests.faults.processes"])
+
+Preparation = Callable[[], None]  # importable, or a partial of what is
+
+TIMEOUT_S = 120
+_COMMIT_S = 0.01  # many groups in a run of milliseconds
+PROMPTS = [{"id": f"p{i}", "prompt": " ".join(f"w{n}" for n in range((i * 7) % 23 + 1))} for i in range(36)]
+BAD_LINES = [b"{not json", b'{"text": 1}']
+
+
+def make_job(directory: Path, *, delay: str = "1ms", output: Path | None = None, **sections: Any) -> Path:
+    """A job of the echo engine whose answers depend on their random streams and finish in another order."""
+    directory.mkdir(parents=True, exist_ok=True)
+    return write_job(
+        directory,
+        [*PROMPTS[:20], *BAD_LINES, *PROMPTS[20:]],
+        model={"echo": {"delay": delay}},
+        generation={"num_samples": 2, "temperature": 1.0},
+        batch={"slots": 8},
+        output={"path": str(output or directory / "out.jsonl")},
+        **sections,
+    )
+
+
+class Run:
+    """One process of `overnight run JOB`."""
+
+    def __init__(
+        self, job: Path, *words: str, prepare: Sequence[Preparation] = (), witness: Path | None = None
+    ) -> None:
+        self.witness = witness or job.with_name("witness")
+        self._talk = job.with_name("talk")
+        arguments = (["run", str(job), *words], self.witness, self._talk, tuple(prepare))
+        self.process = _context.Process(target=_main, args=arguments)
+        self.process.start()
+
+    def wait(self, seconds: float = TIMEOUT_S) -> int | None:
+        """The exit code, negative for a signal; None where the process still runs after so many seconds."""
+        self.process.join(seconds)
+        return self.process.exitcode
+
+    def kill_after(self, seconds: float) -> int:
+        """SIGKILL after so many seconds unless it has ended before; its exit code."""
+        if self.wait(seconds) is None:
+            self.process.kill()
+        return self.end()
+
+    def end(self) -> int:
+        """The exit code of a process that must come to its end."""
+        code = self.wait()
+        if code is None:
+            self.process.kill()
+            raise AssertionError(f"no end after {TIMEOUT_S} s; it said: {self.talk}")
+        return code
+
+    @property
+    def talk(self) -> str:
+        return self._talk.read_text(errors="replace")
+
+
+def slow_disk() -> None:
+    """Every operation on a file of the run takes a while, so that a random moment falls into or between two of them."""
+    for name in ("open", "write", "sync", "link", "rename", "unlink", "sync_directory", "truncate"):
+        setattr(Files, name, _slow(getattr(Files, name)))
+
+
+def _slow(operation: Callable[..., Any]) -> Callable[..., Any]:
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.001)
+        done = operation(*arguments)
+        time.sleep(0.001)
+        return done
+
+    return slowly
+
+
+@cache
+def slow_duration() -> float:
+    """Seconds that an undisturbed run of `make_job` takes with a slow disk and no delay, on this machine now."""
+    with TemporaryDirectory() as directory:
+        job = make_job(Path(directory), delay="0ms")
+        times: list[float] = []
+        for _ in range(2):  # the first starts the server
+            began = time.monotonic()
+            run_to_end(job, "--fresh", prepare=[slow_disk])
+            times.append(time.monotonic() - began)
+        return times[-1]
+
+
+def run_to_end(job: Path, *words: str, prepare: Sequence[Preparation] = ()) -> Run:
+    run = Run(job, *words, prepare=prepare)
+    run.end()
+    return run
+
+
+def done_again(witness: Path) -> set[str]:
+    """Answers that were acknowledged by one session and generated again by a later one: each was lost."""
+    acknowledged: set[str] = set()
+    waiting: list[str] = []
+    lost: set[str] = set()
+    for told in witness.read_text().split("\n")[:-1]:
+        if told == "begin":
+            waiting = []
+        elif told == "commit":
+            acknowledged.update(waiting)
+            waiting = []
+        else:
+            if told in acknowledged:
+                lost.add(told)
+            waiting.append(told)
+    return lost
+
+
+def num_generated(witness: Path) -> int:
+    """How many answers all sessions together have generated."""
+    return sum(told not in ("begin", "commit") for told in witness.read_text().split("\n")[:-1])
+
+
+def _main(words: list[str], witness: Path, talk: Path, prepare: tuple[Preparation, ...]) -> None:
+    descriptor = os.open(talk, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = ["overnight", *words]
+    ledger_module._COMMIT_S = _COMMIT_S
+    for step in prepare:
+        step()
+    pipeline.job.Ledger = _witnessed(pipeline.job.Ledger, witness)
+    pipeline.cli.main()
+
+
+def _witnessed(ledger: type[Any], path: Path) -> type[Any]:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+
+    def tell(what: str) -> None:
+        os.write(descriptor, what.encode() + b"\n")
+
+    class Witnessed(ledger):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            tell("begin")
+
+        def append(self, completion: Any, line: bytes) -> None:
+            tell(f"{completion.item.index}/{completion.sample}")
+            super().append(completion, line)
+
+        def commit(self) -> None:
+            super().commit()
+            tell("commit")
+
+    return Witnessed

@@ -1,0 +1,71 @@
+"""Promise 7, a finished run again: the same exit code at once, no model, and not a byte or time changed."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+import pipeline.job
+from tests.command import overnight, write_job
+from tests.faults.processes import Preparation, make_job, run_to_end
+from tests.faults.trials import Trials
+
+Snapshot = dict[str, tuple[bytes, int, int]]
+
+
+def snapshot(directory: Path) -> Snapshot:
+    """Content, time and inode of every file that a run must leave alone."""
+    witnesses = ("witness", "talk", "trace")
+    files = [path for path in directory.iterdir() if path.is_file() and path.name not in witnesses]
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_ino) for path in files}
+
+
+def forget_the_end() -> None:
+    """The broken variant: does not look whether the run is finished before it takes it up."""
+    pipeline.job.find_finished = lambda *_arguments, **_options: None
+
+
+def refuse_engines() -> None:
+    """Whoever chooses an engine is about to load a model."""
+    import pipeline.engines
+
+    def refuse(*_arguments: object) -> None:
+        raise AssertionError("an engine was chosen")
+
+    pipeline.engines.choose_engine = refuse
+
+
+def again(job: Path, exit_code: int, *prepare: Preparation) -> str | None:
+    before = snapshot(job.parent)
+    run = run_to_end(job, prepare=prepare)
+    if run.process.exitcode != exit_code:
+        return f"another exit code: {run.process.exitcode} instead of {exit_code}: {run.talk}"
+    if snapshot(job.parent) != before:
+        return "changed: a file of the finished run is another one"
+    return None
+
+
+@pytest.mark.parametrize("exit_code", [0, 3])
+def test_a_finished_run_is_left_alone(tmp_path: Path, trials: Trials, exit_code: int) -> None:
+    job = make_job(tmp_path) if exit_code else write_job(tmp_path, [{"prompt": "fine"}])
+    assert run_to_end(job).process.exitcode == exit_code
+    for _ in trials.seeds(7, 100):
+        assert again(job, exit_code, refuse_engines) is None
+    began = time.monotonic()
+    assert overnight("run", job).returncode == exit_code
+    assert time.monotonic() - began < 1.0
+    assert trials.is_caught(7, "no look before", [again(job, exit_code, forget_the_end) for _ in range(2)], "changed")
+
+
+def test_a_finished_run_of_a_real_model_loads_nothing(tmp_path: Path, trials: Trials) -> None:
+    model = {"engine": "transformers", "path": "builtin:tiny-qwen3-next"}
+    job = write_job(tmp_path, [{"prompt": "fine"}], model=model, generation={"max_new_tokens": 2})
+    assert overnight("run", job).returncode == 0
+    before = snapshot(tmp_path)
+    began = time.monotonic()
+    assert overnight("run", job).returncode == 0
+    trials.promise, trials.num_trials = 7, 1
+    assert time.monotonic() - began < 1.0
+    assert snapshot(tmp_path) == before

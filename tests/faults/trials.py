@@ -1,0 +1,94 @@
+"""How many times a fault is injected, with which seeds, and what came of it: the table at the end of `make faults`."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+# Of the counts that docs/reliability.md promises for a full run.
+SCALE = float(os.environ.get("FAULT_SCALE", "0.05"))
+FIRST_SEED = int(os.environ.get("FAULT_SEED", "0"))
+
+
+@dataclass
+class Trials:
+    """What one test has tried; `part` tells the parts of a test apart that share its trials."""
+
+    promise: int = 0
+    part: int = 0
+    num_trials: int = 0
+    controls: dict[str, list[int]] = field(default_factory=dict)  # name → caught, tried
+
+    def seeds(self, promise: int, full: int, parts: int = 1) -> Iterator[random.Random]:
+        """A random source for each trial; `full` is how many a full run makes in all parts together.
+
+        The last seed printed is the one that failed: FAULT_SEED begins with it.
+        """
+        for number in range(self.begin(promise, full, parts)):
+            seed = FIRST_SEED + self.part * 1_000_000 + number
+            print(f"seed {seed}")  # pytest shows it with a failure
+            self.num_trials += 1
+            yield random.Random(seed)
+
+    def begin(self, promise: int, full: int, parts: int = 1) -> int:
+        """How many trials this part makes now; the caller counts them in `num_trials`."""
+        self.promise = promise
+        return max(1, round(full * SCALE / parts))
+
+    def is_caught(self, promise: int, name: str, problems: Iterable[str | None], *reasons: str) -> bool:
+        """Whether a broken variant is caught, for reasons that begin with one of these.
+
+        `problems` are what trials of it find, tried one by one until two are caught, in a full run more.
+        """
+        self.promise = promise
+        caught = tried = 0
+        for problem in problems:
+            print(f"{name}: {problem}")
+            tried += 1
+            caught += problem is not None and problem.startswith(reasons)
+            if caught >= max(2, 20 * SCALE):
+                break
+        self.controls[name] = [caught, tried]
+        return caught >= 0.1 * tried
+
+
+def chances(count: int) -> Iterator[random.Random]:
+    """Random sources for the trials of a control."""
+    return (random.Random(seed) for seed in range(FIRST_SEED, FIRST_SEED + count))
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    promise: int
+    name: str
+    num_trials: int = 0
+    num_failures: int = 0
+    controls: dict[str, list[int]] = field(default_factory=dict)
+
+    def add(self, trials: Trials, *, failed: bool) -> None:
+        self.num_trials += trials.num_trials
+        self.num_failures += failed
+        for name, counts in trials.controls.items():
+            total = self.controls.setdefault(name, [0, 0])
+            total[:] = [a + b for a, b in zip(total, counts, strict=True)]
+
+    def __str__(self) -> str:
+        controls = "; ".join(f"{name} {caught}/{tried}" for name, (caught, tried) in self.controls.items())
+        return f"{self.promise:>7}  {self.name:<62} {self.num_trials:>9} {self.num_failures:>8}  {controls}"
+
+
+HEADING = f"{'promise':>7}  {'test':<62} {'trials':>9} {'failures':>8}  control caught/tried"
+
+
+def table(outcomes: Iterable[tuple[str, bool, Mapping[str, object]]]) -> list[str]:
+    """Lines of the table from node ids, whether each failed, and what its Trials were (as a dict)."""
+    rows: dict[str, Row] = {}
+    for node, failed, values in outcomes:
+        name = node.partition("[")[0].rpartition("/")[2]
+        trials = Trials(**values)  # type: ignore[arg-type]
+        rows.setdefault(name, Row(trials.promise, name)).add(trials, failed=failed)
+    return [HEADING, *map(str, sorted(rows.values(), key=lambda row: (row.promise, row.name)))]
