@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pipeline.kernels.attention import attend_one
+
 if TYPE_CHECKING:
     import torch
 
@@ -160,39 +162,3 @@ def attend_causally(
         enable_gqa=query.shape[1] != keys.shape[1],
     )
     return output[0].transpose(0, 1)
-
-
-def attend_one(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    starts: torch.Tensor,
-    lengths: torch.Tensor,
-    scale: float,
-    sliding_window: int | None,
-) -> torch.Tensor:
-    """Attention of the last token of each of several sequences to all of its own.
-
-    `query` [rows, heads, size]; `keys` and `values` [pool, key heads, size]; `starts` and `lengths` int64 [rows].
-    Returns [rows, heads, value size].
-    """
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention
-
-    longest = int(lengths.max())
-    columns = torch.arange(longest, device=query.device)
-    mask = columns < lengths[:, None]
-    if sliding_window is not None:
-        mask &= columns >= lengths[:, None] - sliding_window
-    # Beyond its end a sequence sees its own last place again: what lies there may be no number, and 0 x NaN is NaN.
-    places = starts[:, None] + columns.minimum(lengths[:, None] - 1)
-    rows, heads, size = query.shape
-    key_heads = keys.shape[1]
-    output = scaled_dot_product_attention(
-        query.reshape(rows, key_heads, heads // key_heads, size),  # query heads that share a key head are its queries
-        keys[places].transpose(1, 2),
-        values[places].transpose(1, 2),
-        attn_mask=mask[:, None, None],
-        scale=scale,
-    )
-    return output.reshape(rows, heads, -1)

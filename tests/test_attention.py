@@ -1,0 +1,83 @@
+"""Native attention of single tokens equals that of torch, and no row sees what is not its own."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.kernels import attention
+from pipeline.kernels.attention import attend_one, attend_one_in_torch
+from pipeline.kernels.native import native
+
+needs_compiler = pytest.mark.skipif(native(attention.SOURCE).library is None, reason="no C compiler")
+lengths_of_rows = st.lists(st.integers(1, 130), min_size=1, max_size=6)
+
+
+def pool(lengths: list[int], heads: int, key_heads: int, size: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Query, keys, values, starts and lengths, with gaps of NaN between the sequences."""
+    torch.manual_seed(len(lengths))
+    gap = 5
+    starts = [gap + sum(lengths[:row]) + gap * row for row in range(len(lengths))]
+    keys, values = (torch.full((starts[-1] + lengths[-1] + gap, key_heads, size), math.nan) for _ in range(2))
+    for start, length in zip(starts, lengths, strict=True):
+        keys[start : start + length] = torch.randn(length, key_heads, size)
+        values[start : start + length] = torch.randn(length, key_heads, size)
+    query = torch.randn(len(lengths), heads, size)
+    numbers = [tensor.to(dtype) for tensor in (query, keys, values)]
+    return *numbers, torch.tensor(starts), torch.tensor(lengths)
+
+
+@needs_compiler
+@given(lengths_of_rows, st.sampled_from([(9, 3), (4, 4), (8, 1)]), st.sampled_from([8, 20, 64]), st.integers(0, 60))
+def test_native_attention_is_that_of_float32_mathematics(
+    lengths: list[int], heads: tuple[int, int], size: int, window: int
+) -> None:
+    query, keys, values, starts, counts = pool(lengths, *heads, size, torch.float32)
+    found = attend_one(query, keys, values, starts, counts, size**-0.5, window or None)
+    for row, (start, length) in enumerate(zip(starts.tolist(), lengths, strict=True)):
+        first = start + (max(0, length - window) if window else 0)
+        own_keys = keys[first : start + length].repeat_interleave(heads[0] // heads[1], dim=1).double()
+        own_values = values[first : start + length].repeat_interleave(heads[0] // heads[1], dim=1).double()
+        scores = torch.einsum("hd,thd->ht", query[row].double(), own_keys) * size**-0.5
+        expected = torch.einsum("ht,thd->hd", scores.softmax(dim=-1), own_values)
+        torch.testing.assert_close(found[row].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_attention_and_torch_round_alike(dtype: torch.dtype, window: int | None) -> None:
+    numbers = pool([1, 33, 64, 100], 6, 2, 32, dtype)
+    found, expected = (attend(*numbers, 0.2, window) for attend in (attend_one, attend_one_in_torch))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+
+
+@needs_compiler
+def test_a_row_is_bit_by_bit_the_same_in_any_company() -> None:
+    query, keys, values, starts, lengths = pool([90, 3, 41, 128], 6, 2, 32, torch.float32)
+    together = attend_one(query, keys, values, starts, lengths, 0.2, None)
+    for row in range(4):
+        one = slice(row, row + 1)
+        alone = attend_one(query[one], keys, values, starts[one], lengths[one], 0.2, None)
+        assert torch.equal(alone[0], together[row])
+
+
+@needs_compiler
+def test_scores_far_apart_and_infinite_numbers_are_as_in_torch() -> None:
+    query, keys, values, starts, lengths = pool([40, 40, 40], 2, 2, 16, torch.float32)
+    keys[int(starts[0]) + 3] *= 1000
+    keys[int(starts[1]) + 3] = math.nan
+    values[int(starts[2]) + 3] = math.inf
+    numbers = (query, keys, values, starts, lengths, 1.0, None)
+    found, expected = attend_one(*numbers), attend_one_in_torch(*numbers)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    assert found[0].isfinite().all()
+    assert found[1].isnan().all()
+
+
+def test_heads_too_large_for_the_native_code_are_computed_in_torch() -> None:
+    numbers = pool([3, 4], 2, 1, 520, torch.float32)
+    assert torch.equal(attend_one(*numbers, 0.1, None), attend_one_in_torch(*numbers, 0.1, None))
