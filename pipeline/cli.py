@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -101,17 +102,35 @@ def plan(
         sys.stdout.write(f"{report}\n")
 
 
-@app.command(epilog="Example: overnight status jobs/quickstart.yaml --json")
-def status(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+@app.command(epilog="Example: overnight status jobs/quickstart.yaml --watch")
+def status(
+    job: JobFile,
+    overrides: Overrides = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Go on until the run ends; with --json one object a line.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Say how far a running, stopped or finished run is, from its files alone."""
     from pipeline.spec.job_file import load_spec
-    from pipeline.tools.status import job_status
+    from pipeline.tools.status import job_status, watch_job
 
-    report = job_status(load_spec(job, overrides=overrides or ()))
-    if as_json:
-        _print_json(report.to_json())
-    else:
-        sys.stdout.write(f"{report}\n")
+    spec = load_spec(job, overrides=overrides or ())
+    if not watch:
+        report = job_status(spec)
+        if as_json:
+            _print_json(report.to_json())
+        else:
+            sys.stdout.write(f"{report}\n")
+        return
+    shown = 0  # lines on the terminal that the next state takes the place of
+    with suppress(KeyboardInterrupt):
+        for report in watch_job(spec):
+            text = json.dumps(report.to_json(), ensure_ascii=False) if as_json else str(report)
+            back = f"\x1b[{shown}F\x1b[J" if shown and not as_json and sys.stdout.isatty() else ""
+            sys.stdout.write(f"{back}{text}\n")
+            sys.stdout.flush()
+            shown = text.count("\n") + 1
 
 
 @app.command(epilog="Example: overnight verify jobs/quickstart.yaml --json")

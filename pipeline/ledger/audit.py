@@ -54,9 +54,9 @@ class Audit:
         next_line = 1  # of the partial file
         with open_to_read(partial) as descriptor:
             for line in self._trusted():
-                record = line.record
-                if record is None or line.offset in self._refused:
+                if line.text is None or line.offset in self._refused:
                     continue
+                record = line.record
                 if record["kind"] == "retry":
                     on_retry()
                 if record["kind"] != "commit":
@@ -91,18 +91,19 @@ class Audit:
         for number, line in enumerate(self._trusted(), 1):
             if line.synced > line.offset:
                 gap = self._lost(Problem(f"lines are missing before byte {line.offset}", file=journal, line=number))
-            if line.record is None:
+            if line.text is None:
                 message = f"bytes {line.offset} to {line.end} are damaged: the line fails its checksum"
                 gap = self._lost(Problem(message, file=journal, line=number))
                 continue
             try:
+                record = line.record
                 if history is None:
-                    history = begin_history(line.record)
+                    history = begin_history(record)
                 else:
                     if gap:
-                        _bridge(history, line.record)
-                        gap = line.record["kind"] != "commit"
-                    history.apply(line.record)
+                        _bridge(history, record)
+                        gap = record["kind"] != "commit"
+                    history.apply(record)
             except (KeyError, TypeError, ValueError, IndexError) as error:
                 if history is None:
                     raise DataError(
@@ -123,7 +124,7 @@ class Audit:
     def _trusted(self) -> Iterator[JournalLine]:
         """The lines up to the torn tail, or to the end of the first reading of a journal that still grows."""
         for line in scan_journal(self._paths.journal):
-            if line.record is None and line.offset >= self._known:
+            if line.text is None and line.offset >= self._known:
                 return
             if self._end is not None and line.offset >= self._end:
                 return

@@ -20,18 +20,32 @@ The number of an answer is index * num_samples + sample; `numbers` are runs as `
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline.ledger.identity import Header, input_from_record, input_to_record
-from pipeline.ledger.journal import Record, damaged, read_first_and_last, read_journal, read_runs, unreadable
+from pipeline.ledger.journal import (
+    Record,
+    damaged,
+    read_first_and_last,
+    read_journal,
+    read_runs,
+    unreadable,
+    whole_lines,
+)
 from pipeline.records import Json
 from pipeline.source.lines import InputDigest
 from pipeline.summary import Session, Tally
 
 VERSION = 1
 ANSWERED, FAILED = 1, 2  # in History.done
+# As `encode_line` writes them: what of a commit counts, and the records of which nothing does.
+_COMMIT, _TALLY = b'{"kind":"commit"', b'"tally":'
+_COUNTS = re.compile(rb'"tally":\{"completed":(\d+),"failed":(\d+),"input_tokens":(\d+),"output_tokens":(\d+),')
+_ELAPSED = re.compile(rb'.*"elapsed_s":([\d.]+)')
+_NOT_COUNTED = (b'{"kind":"admit"', b'{"kind":"unfinished"')
 _RETRIED = bytes(0 if state == FAILED else state for state in range(256))
 
 
@@ -63,7 +77,7 @@ class History:
 
     @property
     def is_complete(self) -> bool:
-        return self.num_done == len(self.done)
+        return self.num_done == self.header.num_answers
 
     def apply(self, record: Record) -> None:
         """Raises KeyError, TypeError or ValueError for a record that makes no sense here."""
@@ -127,6 +141,13 @@ class History:
         for number in [number for number in self.unfinished if self.done[number]]:
             del self.unfinished[number]
 
+    def count(self, completed: int, failed: int, input_tokens: int, output_tokens: int, *, elapsed_s: float) -> None:
+        """A commit, as far as it is counted."""
+        self.num_done += completed + failed
+        self.tally.merge(Tally(completed, failed, input_tokens, output_tokens))
+        session = self.sessions[-1]
+        self.sessions[-1] = replace(session, completed=session.completed + completed, duration=elapsed_s)
+
     def _unfinished(self, record: Record) -> None:
         for number, kept, token_ids in record["answers"]:
             self.unfinished[number] = self.unfinished.get(number, ())[:kept] + tuple(token_ids)
@@ -142,7 +163,7 @@ class History:
     def _retry(self) -> None:
         if not self.is_published:
             raise ValueError("a retry of a run that was not finished")
-        self.num_done -= self.done.count(FAILED)
+        self.num_done -= self.tally.failed
         self.done = self.done.translate(_RETRIED)
         self.tally.failed = 0
         self.tally.errors.clear()
@@ -200,6 +221,34 @@ def replay(path: Path) -> tuple[History, int]:
             else:
                 history.apply(record)
             end = line_end
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise damaged(path, f"the record at byte {end} cannot be used: {error}") from error
+    if history is None:
+        raise damaged(path, "has no readable first line")
+    return history, end
+
+
+def skim(path: Path) -> tuple[History, int]:
+    """As `replay`, ten times as fast, for what only counts: `done`, `admitted`, `unfinished` and the histograms of the
+    tally stay empty, and whether the records make sense together is not checked.
+    """
+    history: History | None = None
+    end = 0
+    try:
+        for line in whole_lines(path):
+            text = line.text or b""
+            if history is None:
+                history = begin_history(line.record)
+            elif text.startswith(_COMMIT):
+                counts, elapsed = _COUNTS.match(text, text.find(_TALLY)), _ELAPSED.match(text, text.rfind(b","))
+                if counts is None or elapsed is None:
+                    raise ValueError("it does not count its answers")
+                history.count(*map(int, counts.groups()), elapsed_s=float(elapsed[1]))
+            elif not text.startswith(_NOT_COUNTED):
+                history.apply(line.record)
+            end = line.end
     except OSError as error:
         raise unreadable(path, error) from error
     except (KeyError, TypeError, ValueError, IndexError) as error:

@@ -35,23 +35,34 @@ def encode_line(record: Mapping[str, Any], synced: int) -> bytes:
 
 def decode_line(line: bytes) -> tuple[Record, int] | None:
     """The record and the SYNCED of a line with its line end; None where it is not whole."""
-    body = line[_CRC_CHARS + 1 : -1]
-    if line != b"%08x %s\n" % (zlib.crc32(body), body):
-        return None
-    synced, _, text = body.partition(b" ")
+    parts = _split(line)
     try:
-        return json.loads(text), int(synced)
+        return None if parts is None else (json.loads(parts[0]), parts[1])
     except ValueError:
         return None
 
 
+def _split(line: bytes) -> tuple[bytes, int] | None:
+    """JSON and SYNCED of a line with its line end; None where it is not whole."""
+    body = line[_CRC_CHARS + 1 : -1]
+    if line != b"%08x %s\n" % (zlib.crc32(body), body):
+        return None
+    synced, _, text = body.partition(b" ")
+    return (text, int(synced)) if synced.isdigit() else None
+
+
 class JournalLine(NamedTuple):
-    """One line of the file, from `offset` to `end`; `record` is None where it is not whole."""
+    """One line of the file, from `offset` to `end`; `text`, the record as JSON, is None where it is not whole."""
 
     offset: int
     end: int
-    record: Record | None
+    text: bytes | None
     synced: int
+
+    @property
+    def record(self) -> Record:
+        """Of a whole line. Raises ValueError for what is no JSON."""
+        return json.loads(self.text or b"")
 
 
 def scan_journal(path: Path) -> Iterator[JournalLine]:
@@ -60,25 +71,31 @@ def scan_journal(path: Path) -> Iterator[JournalLine]:
         end = 0
         for line in file:
             offset, end = end, end + len(line)
-            record, synced = decode_line(line) or (None, 0)
-            yield JournalLine(offset, end, record, synced)
+            text, synced = _split(line) or (None, 0)
+            yield JournalLine(offset, end, text, synced)
 
 
 def read_journal(path: Path) -> Iterator[tuple[Record, int]]:
     """The records of the longest whole beginning of the file, each with the offset at which its line ends.
 
-    Raises DataError at the end of that beginning where what follows is no torn tail but damage.
+    Raises DataError at the end of that beginning where what follows is no torn tail but damage; ValueError, OSError.
     """
+    for line in whole_lines(path):
+        yield line.record, line.end
+
+
+def whole_lines(path: Path) -> Iterator[JournalLine]:
+    """The lines that `read_journal` reads, before anybody reads them. Raises DataError as it does, OSError."""
     end = 0
     is_whole = True
     for line in scan_journal(path):
-        is_whole = is_whole and line.record is not None
+        is_whole = is_whole and line.text is not None
         if line.synced > end:
             what = "lines are missing before" if is_whole else "a line is damaged, and lines after it are not, at"
             raise damaged(path, f"{what} byte {end}")
-        if is_whole and line.record is not None:
+        if is_whole:
             end = line.end
-            yield line.record, end
+            yield line
 
 
 def read_first_and_last(path: Path) -> tuple[Record, Record]:

@@ -11,7 +11,7 @@ from typing import Literal, NoReturn
 
 from pipeline.errors import DataError, NotFoundError, OutputError, Problem, UsageError
 from pipeline.ledger.files import DISK, Files, GrowingFile, Patience, RunPaths, creating
-from pipeline.ledger.history import VERSION, History, Published, read_published, replay
+from pipeline.ledger.history import VERSION, History, Published, read_published, replay, skim
 from pipeline.ledger.identity import Header, Identity, check_input, check_job, input_to_record, is_untouched
 from pipeline.ledger.journal import Journal, Record, damaged, encode_line
 from pipeline.ledger.lock import lock_holder
@@ -33,13 +33,14 @@ class RunState:
 
 
 def read_run(output: Path) -> RunState:
-    """The state of the run whose output is `output`. Hashes nothing: `finished` trusts the output's size."""
+    """The state of the run whose output is `output`, its history skimmed. Hashes nothing: `finished` trusts the
+    output's size, and of damage it sees what a journal shows at a glance; `verify` looks at all."""
     paths = RunPaths(output)
     if not paths.journal.exists():
         return RunState("absent")
     process = lock_holder(paths.lock)
     try:
-        history, whole = replay(paths.journal)
+        history, whole = skim(paths.journal)
     except DataError as error:
         return RunState("damaged", process=process, problem=error)
     if process is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ _BATCH_STATUS = {
     "finished": "completed",
     "damaged": "failed",
 }
+_WATCH_S = 2.0
+_WATCH_SHARE = 50  # the run needs the processor more than its watcher: 2 % of one
 _ADVICE = {
     "absent": "no run yet; `overnight run` begins it",
     "stopped": "`overnight run` resumes it",
     "publishing": "all is answered and not yet published; `overnight run` publishes it",
-    "damaged": "`overnight run --fresh` moves its files aside and begins anew",
+    "damaged": "`overnight verify` says what is wrong; `overnight run --fresh` moves it aside and begins anew",
 }
 
 
@@ -35,6 +38,13 @@ class Status:
     output: Path
     run: RunState
     read_at: float
+
+    @property
+    def batch_status(self) -> str:
+        """The word that OpenAI's batch API has for the state."""
+        history = self.run.history
+        is_answered = history is not None and history.is_complete
+        return "finalizing" if self.run.state == "running" and is_answered else _BATCH_STATUS[self.run.state]
 
     @property
     def left_s(self) -> float | None:
@@ -75,7 +85,7 @@ class Status:
             "object": "status",
             "output": str(self.output),
             "state": self.run.state,
-            "status": _BATCH_STATUS[self.run.state],
+            "status": self.batch_status,
             "process": self.run.process,
             "problem": None if self.run.problem is None else str(self.run.problem),
             "request_counts": {
@@ -94,3 +104,16 @@ def job_status(spec: JobSpec) -> Status:
     """The state of the job's run. Raises OSError only where a file of the run cannot be read."""
     output = Path(spec.output.path)
     return Status(output, read_run(output), time.time())
+
+
+def watch_job(spec: JobSpec, sleep: Callable[[float], None] = time.sleep) -> Iterator[Status]:
+    """The state of the job's run every two seconds, or less often where reading it takes long, until nobody works on
+    it any more. Raises as `job_status` does."""
+    while True:
+        began = time.perf_counter()
+        status = job_status(spec)
+        took_s = time.perf_counter() - began
+        yield status
+        if status.run.state != "running":
+            return
+        sleep(max(_WATCH_S, _WATCH_SHARE * took_s))
