@@ -235,7 +235,7 @@ def test_counted_prompts_make_the_batch() -> None:
     assert plan.slots < make_plan(job(load_strategy="no-gpu"), machine(), facts()).slots
     # A batch of the longest is not cut by the cache where memory is plenty.
     roomy = make_plan(job(load_strategy="no-gpu"), machine(1024), facts(), counted)
-    assert roomy.cache_tokens == 64 * (9000 + 256)
+    assert roomy.cache_tokens == roomy.slots * (9000 + 256)
 
 
 def test_packed_weights_are_unpacked_on_a_cpu_if_half_the_memory_holds_them() -> None:
@@ -313,7 +313,7 @@ def test_the_echo_engine_needs_no_model() -> None:
 def test_a_short_context_bounds_what_is_assumed() -> None:
     plan = make_plan(job(new_tokens=4096, load_strategy="no-gpu"), machine(), facts(LLAMA))
     check(plan)
-    assert plan.cache_tokens == 64 * LLAMA["max_position_embeddings"]  # type: ignore[operator]
+    assert plan.cache_tokens == 256 * LLAMA["max_position_embeddings"]  # type: ignore[operator]
 
 
 CONFIGS = [

@@ -7,108 +7,145 @@
 // Each task is one key head of one row: its context is read once for all heads that share it, in tiles that stay in
 // the first cache, with the running maximum of online softmax (Milakov and Gimelshein 2018, "Online normalizer
 // calculation for softmax"). Sums are float32 whatever the type of the numbers; rows never see each other.
+//
+// Heads are handled in lanes of 16 numbers, the last filled up with zeros. A task is compiled for the usual head sizes,
+// so that its sums stay in registers.
 
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-#define TILE 32       // places
-#define MOST_SIZE 512 // of a head
+#define TILE 32      // places
+#define LANES 16     // numbers
+#define MOST_VECS 32 // of a head: 512 numbers
 #define MOST_GROUP 64 // heads that share a key head
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef float half_vec __attribute__((vector_size(2 * LANES)));
+typedef float quarter_vec __attribute__((vector_size(LANES)));
+typedef uint32_t bits_vec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t short_vec __attribute__((vector_size(2 * LANES)));
 
 // e^x for x <= 0, within 2e-7 of it: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
 static inline float exp_negative(float x) {
     x = x < -87.0f ? -87.0f : x;
     float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f; // rounds to the nearest whole number
     float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.0f + r * (1.0f + r * (0.5f + r * (0.16666667f + r * (4.1666668e-2f + r * (8.3333840e-3f + r * 1.3888940e-3f)))));
+    float p = 8.3333840e-3f + r * 1.3888940e-3f;
+    p = 1.0f + r * (1.0f + r * (0.5f + r * (0.16666667f + r * (4.1666668e-2f + r * p))));
     union { int32_t bits; float value; } scale = {((int32_t)n + 127) << 23};
     return p * scale.value;
 }
 
-static inline float from_bf16(uint16_t x) {
-    union { uint32_t bits; float value; } wide = {(uint32_t)x << 16};
-    return wide.value;
+static inline float add_up(vec x) {
+    half_vec halves[2];
+    memcpy(halves, &x, sizeof x);
+    half_vec half = halves[0] + halves[1];
+    quarter_vec quarters[2];
+    memcpy(quarters, &half, sizeof half);
+    quarter_vec quarter = quarters[0] + quarters[1];
+    return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
 
-static inline uint16_t to_bf16(float x) { // to the nearest, ties to even; NaN stays NaN
-    union { float value; uint32_t bits; } wide = {x};
-    if (x != x) return 0x7fc0;
-    return (uint16_t)((wide.bits + 0x7fff + ((wide.bits >> 16) & 1)) >> 16);
+// `count` numbers (at most LANES), the rest zeros
+
+static inline vec load_float(const float *x, int64_t count) {
+    vec wide = {0};
+    memcpy(&wide, x, count == LANES ? sizeof wide : count * sizeof *x);
+    return wide;
 }
 
-static inline float from_float(float x) { return x; }
-static inline float to_float(float x) { return x; }
+static inline void store_float(float *x, vec wide, int64_t count) {
+    memcpy(x, &wide, count == LANES ? sizeof wide : count * sizeof *x);
+}
 
-#define ATTEND(NAME, NUMBER, FROM, TO)                                                                                  \
-    static void NAME##_task(const NUMBER *query, const NUMBER *keys, const NUMBER *values, int64_t first, int64_t last,   \
-                            int64_t group, int64_t size, int64_t stride, float scale, NUMBER *out) {                     \
-        float q[group * size], sum[group * size], tile[TILE * size], scores[group * TILE], most[group], total[group];    \
-        for (int64_t i = 0; i < group * size; i++) {                                                                      \
-            q[i] = FROM(query[i]) * scale;                                                                                \
-            sum[i] = 0.0f;                                                                                                \
-        }                                                                                                                 \
-        for (int64_t g = 0; g < group; g++) {                                                                             \
-            most[g] = -INFINITY;                                                                                          \
-            total[g] = 0.0f;                                                                                              \
-        }                                                                                                                 \
-        for (int64_t begin = first; begin < last; begin += TILE) {                                                        \
-            int64_t count = last - begin < TILE ? last - begin : TILE;                                                    \
-            for (int64_t t = 0; t < count; t++) {                                                                         \
-                const NUMBER *key = keys + (begin + t) * stride;                                                          \
-                for (int64_t i = 0; i < size; i++) tile[t * size + i] = FROM(key[i]);                                     \
-            }                                                                                                             \
-            for (int64_t g = 0; g < group; g++) {                                                                         \
-                float highest = most[g];                                                                                  \
-                for (int64_t t = 0; t < count; t++) {                                                                     \
-                    float dot = 0.0f;                                                                                     \
-                    _Pragma("omp simd reduction(+ : dot)")                                                               \
-                    for (int64_t i = 0; i < size; i++) dot += q[g * size + i] * tile[t * size + i];                       \
-                    scores[g * TILE + t] = dot;                                                                           \
-                    highest = dot > highest || dot != dot ? dot : highest;                                                \
-                }                                                                                                         \
-                float keep = most[g] == -INFINITY ? 0.0f : exp_negative(most[g] - highest);                               \
-                most[g] = highest;                                                                                        \
-                float weights = 0.0f;                                                                                     \
-                _Pragma("omp simd reduction(+ : weights)")                                                               \
-                for (int64_t t = 0; t < count; t++) {                                                                     \
-                    float weight = exp_negative(scores[g * TILE + t] - highest);                                          \
-                    scores[g * TILE + t] = weight;                                                                        \
-                    weights += weight;                                                                                    \
-                }                                                                                                         \
-                total[g] = total[g] * keep + weights;                                                                     \
-                for (int64_t i = 0; i < size; i++) sum[g * size + i] *= keep;                                             \
-            }                                                                                                             \
-            for (int64_t t = 0; t < count; t++) {                                                                         \
-                const NUMBER *value = values + (begin + t) * stride;                                                      \
-                for (int64_t i = 0; i < size; i++) tile[t * size + i] = FROM(value[i]);                                   \
-            }                                                                                                             \
-            for (int64_t g = 0; g < group; g++)                                                                           \
-                for (int64_t t = 0; t < count; t++) {                                                                     \
-                    float weight = scores[g * TILE + t];                                                                  \
-                    for (int64_t i = 0; i < size; i++) sum[g * size + i] += weight * tile[t * size + i];                  \
-                }                                                                                                         \
-        }                                                                                                                 \
-        for (int64_t g = 0; g < group; g++)                                                                               \
-            for (int64_t i = 0; i < size; i++) out[g * size + i] = TO(sum[g * size + i] / total[g]);                      \
-    }                                                                                                                     \
-                                                                                                                          \
-    int NAME(const NUMBER *query, const NUMBER *keys, const NUMBER *values, const int64_t *starts,                        \
-             const int64_t *lengths, int64_t rows, int64_t heads, int64_t key_heads, int64_t size, float scale,           \
-             int64_t window, NUMBER *out, int64_t threads) {                                                              \
-        int64_t group = heads / key_heads, stride = key_heads * size;                                                     \
-        if (size > MOST_SIZE || group > MOST_GROUP) return 1;                                                             \
-        _Pragma("omp parallel for schedule(dynamic) num_threads(threads)")                                               \
-        for (int64_t task = 0; task < rows * key_heads; task++) {                                                         \
-            int64_t row = task / key_heads, head = task % key_heads;                                                      \
-            int64_t last = starts[row] + lengths[row], first = starts[row];                                               \
-            if (window > 0 && lengths[row] > window) first = last - window;                                               \
-            int64_t offset = (row * heads + head * group) * size;                                                         \
-            NAME##_task(query + offset, keys + head * size, values + head * size, first, last, group, size, stride,       \
-                        scale, out + offset);                                                                             \
-        }                                                                                                                 \
-        return 0;                                                                                                         \
+static inline vec load_bf16(const uint16_t *x, int64_t count) {
+    short_vec narrow = {0};
+    memcpy(&narrow, x, count == LANES ? sizeof narrow : count * sizeof *x);
+    bits_vec bits = __builtin_convertvector(narrow, bits_vec) << 16;
+    return (vec)bits;
+}
+
+static inline void store_bf16(uint16_t *x, vec wide, int64_t count) { // to the nearest, ties to even; NaN stays NaN
+    bits_vec bits = (bits_vec)wide;
+    bits_vec is_nan = (bits_vec)(wide != wide);
+    bits = ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16 & ~is_nan) | (is_nan & 0x7fc0);
+    short_vec narrow = __builtin_convertvector(bits, short_vec);
+    memcpy(x, &narrow, count == LANES ? sizeof narrow : count * sizeof *x);
+}
+
+#define ATTEND(NAME, NUMBER, LOAD, STORE)                                                                              \
+    static inline __attribute__((always_inline)) void NAME##_task(                                                     \
+        const NUMBER *query, const NUMBER *keys, const NUMBER *values, int64_t first, int64_t last, int64_t group,      \
+        int64_t size, int64_t stride, float scale, NUMBER *out) {                                                      \
+        int64_t vecs = (size + LANES - 1) / LANES, rest = size - (vecs - 1) * LANES;                                   \
+        vec q[group * vecs], sum[group * vecs], tile[TILE * vecs];                                                     \
+        float scores[group * TILE], most[group], total[group];                                                         \
+        for (int64_t g = 0; g < group; g++) {                                                                          \
+            most[g] = -INFINITY;                                                                                       \
+            total[g] = 0.0f;                                                                                           \
+            for (int64_t i = 0; i < vecs; i++) {                                                                       \
+                q[g * vecs + i] = LOAD(query + g * size + i * LANES, i + 1 < vecs ? LANES : rest) * scale;             \
+                sum[g * vecs + i] = (vec){0};                                                                          \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (int64_t begin = first; begin < last; begin += TILE) {                                                     \
+            int64_t count = last - begin < TILE ? last - begin : TILE;                                                 \
+            const NUMBER *place = keys + begin * stride;                                                               \
+            for (int64_t t = 0; t < count; t++, place += stride) {                                                     \
+                vec key[MOST_VECS];                                                                                    \
+                for (int64_t i = 0; i < vecs; i++) key[i] = LOAD(place + i * LANES, i + 1 < vecs ? LANES : rest);      \
+                for (int64_t g = 0; g < group; g++) {                                                                  \
+                    vec products = q[g * vecs] * key[0];                                                               \
+                    for (int64_t i = 1; i < vecs; i++) products += q[g * vecs + i] * key[i];                           \
+                    scores[g * TILE + t] = add_up(products);                                                           \
+                }                                                                                                      \
+            }                                                                                                          \
+            place = values + begin * stride;                                                                           \
+            for (int64_t t = 0; t < count; t++, place += stride)                                                       \
+                for (int64_t i = 0; i < vecs; i++)                                                                     \
+                    tile[t * vecs + i] = LOAD(place + i * LANES, i + 1 < vecs ? LANES : rest);                         \
+            for (int64_t g = 0; g < group; g++) {                                                                      \
+                float *weights = scores + g * TILE, highest = most[g], added = 0.0f;                                   \
+                for (int64_t t = 0; t < count; t++)                                                                    \
+                    highest = weights[t] > highest || weights[t] != weights[t] ? weights[t] : highest;                 \
+                float keep = most[g] == -INFINITY ? 0.0f : exp_negative(most[g] - highest);                            \
+                most[g] = highest;                                                                                     \
+                _Pragma("omp simd reduction(+ : added)")                                                               \
+                for (int64_t t = 0; t < count; t++) added += weights[t] = exp_negative(weights[t] - highest);          \
+                total[g] = total[g] * keep + added;                                                                    \
+                vec own[MOST_VECS];                                                                                    \
+                for (int64_t i = 0; i < vecs; i++) own[i] = sum[g * vecs + i] * keep;                                  \
+                for (int64_t t = 0; t < count; t++)                                                                    \
+                    for (int64_t i = 0; i < vecs; i++) own[i] += weights[t] * tile[t * vecs + i];                      \
+                for (int64_t i = 0; i < vecs; i++) sum[g * vecs + i] = own[i];                                         \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (int64_t g = 0; g < group; g++)                                                                            \
+            for (int64_t i = 0; i < vecs; i++)                                                                         \
+                STORE(out + g * size + i * LANES, sum[g * vecs + i] / total[g], i + 1 < vecs ? LANES : rest);          \
+    }                                                                                                                  \
+                                                                                                                       \
+    int NAME(const NUMBER *query, const NUMBER *keys, const NUMBER *values, const int64_t *starts,                     \
+             const int64_t *lengths, int64_t rows, int64_t heads, int64_t key_heads, int64_t size, float scale,        \
+             int64_t window, NUMBER *out, int64_t threads) {                                                           \
+        int64_t group = heads / key_heads, stride = key_heads * size;                                                  \
+        if (size > MOST_VECS * LANES || group > MOST_GROUP) return 1;                                                  \
+        _Pragma("omp parallel for schedule(dynamic) num_threads(threads)")                                             \
+        for (int64_t task = 0; task < rows * key_heads; task++) {                                                      \
+            int64_t row = task / key_heads, head = task % key_heads;                                                   \
+            int64_t first = starts[row], last = first + lengths[row];                                                  \
+            if (window > 0 && lengths[row] > window) first = last - window;                                            \
+            const NUMBER *q = query + (row * heads + head * group) * size, *k = keys + head * size;                    \
+            const NUMBER *v = values + head * size;                                                                    \
+            NUMBER *o = out + (row * heads + head * group) * size;                                                     \
+            if (size == 64) NAME##_task(q, k, v, first, last, group, 64, stride, scale, o);                            \
+            else if (size == 128) NAME##_task(q, k, v, first, last, group, 128, stride, scale, o);                     \
+            else if (size == 256) NAME##_task(q, k, v, first, last, group, 256, stride, scale, o);                     \
+            else NAME##_task(q, k, v, first, last, group, size, stride, scale, o);                                     \
+        }                                                                                                              \
+        return 0;                                                                                                      \
     }
 
-ATTEND(attend_float32, float, from_float, to_float)
-ATTEND(attend_bfloat16, uint16_t, from_bf16, to_bf16)
+ATTEND(attend_float32, float, load_float, store_float)
+ATTEND(attend_bfloat16, uint16_t, load_bf16, store_bf16)

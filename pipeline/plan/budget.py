@@ -11,7 +11,7 @@ from pipeline.facts.model_facts import EXPERTS, ModelFacts
 Device: TypeAlias = Literal["host", "gpu"]
 LoadStrategy: TypeAlias = Literal["no-gpu", "min-gpu", "max-gpu"]
 
-MAX_SLOTS = 64  # beyond this a bounded batch gains little: its rows wait for the longest of them
+MAX_SLOTS = 256  # beyond this a step gains little: the products of matrices are near their peak
 _MIB = 1 << 20
 # Measured on Linux: the interpreter with torch and transformers imported; the CUDA libraries and the context on top.
 _RUNTIME_BYTES = {"host": 700 * _MIB, "gpu": 600 * _MIB}

@@ -32,6 +32,7 @@ DType: TypeAlias = Literal["bfloat16", "float16", "float32"]
 _VALUE_BYTES: dict[DType, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 _STRATEGIES: tuple[LoadStrategy, ...] = ("max-gpu", "min-gpu", "no-gpu")
 _UNPACK_SHARE = 2  # unpacked weights may take one part in so many of the memory
+_SLOTS_BEFORE_EXPERTS = 64  # with max-gpu; more sequences take only what whole layers of experts leave
 _FEWEST_NEW_TOKENS = 16  # shorter answers are no remedy
 PLACES: dict[Device, str] = {"host": "host memory", "gpu": "GPU memory"}
 
@@ -94,14 +95,14 @@ class Placer:
     def place(self, strategy: LoadStrategy) -> Fit:
         """The best placement of a strategy; it may be short.
 
-        With max-gpu a batch of half the room that the other weights leave comes first, since sequences decoded
+        With max-gpu a batch of up to half the room that the other weights leave comes first, since sequences decoded
         together bring more than experts at hand; whole layers of experts fill the rest. Without a GPU quantized weights
         are unpacked where memory allows.
         """
         fit = self._fit(Placement(strategy, _VALUE_BYTES[self.dtype(strategy)[0]]))
         placement, num_layers = fit.placement, len(self.facts.architecture.sparse_layers)
         if strategy == "max-gpu" and num_layers:
-            gpu = self._fit(placement, share=2).budget("gpu")
+            gpu = self._fit(placement, share=2, most_slots=_SLOTS_BEFORE_EXPERTS).budget("gpu")
             room = max(0, gpu.allowed_bytes - gpu.needed_bytes)
             on_gpu = min(num_layers, room // expert_layer_bytes(self.facts, placement))
             return self._fit(replace(placement, num_expert_layers_on_gpu=on_gpu))
@@ -120,7 +121,7 @@ class Placer:
         """The most that unpacked weights may take."""
         return fit.budget("host").allowed_bytes // _UNPACK_SHARE
 
-    def _fit(self, placement: Placement, share: int = 1) -> Fit:
+    def _fit(self, placement: Placement, share: int = 1, most_slots: int = MAX_SLOTS) -> Fit:
         """Slots and cache for a placement: as asked, or as many as help and fit one part in `share` of what is left.
 
         At least one typical sequence, whether it fits or not.
@@ -135,7 +136,7 @@ class Placer:
             fitting = slots_that_fit(facts, placement, workload, left)
             if cache_tokens != "auto":
                 fitting = cache_tokens // workload.tokens
-            slots = max(1, min(MAX_SLOTS, fitting))
+            slots = max(1, min(most_slots, fitting))
         if cache_tokens == "auto":
             fitting = tokens_that_fit(facts, placement, workload, slots, left)
             cache_tokens = max(slots * workload.tokens, min(slots * workload.longest_tokens, fitting))

@@ -232,7 +232,7 @@ def _why_slots(placer: Placer, fit: Fit) -> str:
     if placer.spec.batch.slots != "auto":
         return "as asked; they fit"
     if fit.slots == MAX_SLOTS:
-        return "the most that a bounded batch gains from; memory would hold them"
+        return "beyond so many a step gains little; memory would hold them"
     return f"what the {PLACES[fit.placement.device]} left by the weights holds"
 
 
