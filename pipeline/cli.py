@@ -186,6 +186,24 @@ def bench(
     raise typer.Exit(EXIT_OK if result.valid else EXIT_SOME_FAILED)
 
 
+@app.command(epilog="Examples: overnight doctor; overnight doctor runs/")
+def doctor(
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="Test the file system of this directory instead.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what of this machine is slow, or whether DIR keeps what the ledger needs; exit code 69 in trouble."""
+    from pipeline.tools.doctor import diagnose_directory, diagnose_machine
+
+    diagnosis = diagnose_machine() if directory is None else diagnose_directory(directory)
+    if as_json:
+        _print_json(diagnosis.to_json())
+    else:
+        sys.stdout.write(f"{diagnosis}\n")
+    raise typer.Exit(diagnosis.exit_code)
+
+
 @app.command(epilog="Example: overnight schema > job.schema.json")
 def schema() -> None:
     """Print the JSON Schema of the job file, for editors."""

@@ -132,6 +132,16 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check of the doctor found: good, slower than need be, or what keeps a run from its promises."""
+
+    check: str
+    level: Literal["good", "warning", "trouble"]
+    found: str
+    advice: str | None = None  # what to do, and what it would bring
+
+
+@dataclass(frozen=True, slots=True)
 class Unfinished:
     """Tokens so far of an answer in flight, for the journal."""
 
