@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import __version__
-from pipeline.errors import EXIT_OK, EXIT_SOME_FAILED, MachineError, Problem, StoppedError
+from pipeline.errors import EXIT_OK, EXIT_SOME_FAILED, StoppedError
 from pipeline.ledger.identity import Identity
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.recovery import find_finished
@@ -80,8 +80,6 @@ def run_job(
         with stop.interrupting():
             facts, model = locate_model(spec, say, quiet=quiet)
             plan, choice = prepare(spec, facts)
-            if plan.not_available:
-                raise MachineError(Problem(f"not available yet: {plan.not_available}", field="model.load_strategy"))
             apply_environment(plan)
             encoder = choice.encoder()
         identity = replace(identity, model=model)

@@ -104,15 +104,17 @@ def test_the_flagship_jobs_are_three() -> None:
 
 def test_min_gpu_puts_all_but_routed_experts_on_the_gpu(flagship: ModelFacts) -> None:
     plan = make_plan(job(load_strategy="min-gpu"), LAPTOP, flagship)
-    assert needs(plan, "host").keys() == {"experts", "libraries"}
+    assert needs(plan, "host").keys() == {"experts", "libraries", "loading"}
     assert "experts" not in needs(plan, "gpu")
+    assert decision(plan, "experts") == (
+        "48 in host memory",
+        "of all layers; only the hidden states of tokens cross",
+    )
     assert needs(plan, "gpu")["recurrent state"] == plan.slots * flagship.state_bytes_per_sequence(2)
     assert needs(plan, "gpu")["context cache"] == plan.cache_tokens * 24_576
     assert plan.device == "cuda:0"
     assert plan.dtype == "bfloat16"
     assert dict(plan.environment)["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
-    assert plan.not_available
-    assert plan.not_available in plan.explain()
 
 
 def test_max_gpu_fills_the_gpu_with_whole_layers_of_experts(flagship: ModelFacts) -> None:
@@ -122,10 +124,10 @@ def test_max_gpu_fills_the_gpu_with_whole_layers_of_experts(flagship: ModelFacts
     layer = flagship.part("experts").disk_bytes // 48
     assert needs(plan, "gpu")["experts"] == plan.num_expert_layers_on_gpu * layer
     assert needs(plan, "host")["experts"] == (48 - plan.num_expert_layers_on_gpu) * layer
+    assert decision(plan, "experts")[0].startswith(f"{plan.num_expert_layers_on_gpu} on the GPU, ")
     whole = make_plan(job(load_strategy="max-gpu"), SERVER, flagship)
     assert whole.num_expert_layers_on_gpu == 48
     assert "experts" not in needs(whole, "host")
-    assert whole.not_available is None
 
 
 def test_without_bfloat16_instructions_a_cpu_computes_float32(flagship: ModelFacts) -> None:
@@ -137,14 +139,32 @@ def test_without_bfloat16_instructions_a_cpu_computes_float32(flagship: ModelFac
     assert needs(plain, "host")["experts"] == needs(fast, "host")["experts"]
 
 
-def test_an_80b_model_is_refused_on_24_gb_with_the_figures(flagship: ModelFacts) -> None:
+def test_an_80b_model_is_refused_on_6_gb_with_the_figures(flagship: ModelFacts) -> None:
     with pytest.raises(MachineError) as caught:
-        make_plan(job(load_strategy="no-gpu"), machine(24), flagship)
+        make_plan(job(load_strategy="no-gpu"), machine(6), flagship)
     assert caught.value.exit_code == 69
     message = str(caught.value)
     assert "experts 37.4 GiB" in message
-    assert "22.8 GiB may be used" in message
+    assert "5.5 GiB may be used" in message
     assert caught.value.problems[0].field == "model.load_strategy"
+
+
+@pytest.mark.parametrize(("memory_gib", "gpus"), [(24, ()), (40, ()), (24, (16,))])
+def test_experts_for_which_memory_is_short_are_read_for_every_pass(
+    memory_gib: float, gpus: tuple[float, ...], flagship: ModelFacts
+) -> None:
+    plan = make_plan(job(load_strategy="min-gpu"), machine(memory_gib, *gpus), flagship)
+    check(plan)
+    layer = flagship.part("experts").disk_bytes // 48
+    kept = 48 - plan.num_streamed_layers
+    assert 0 < kept < 48
+    assert needs(plan, "host")["experts"] == kept * layer
+    assert needs(plan, "host")["experts being read"] == 2 * layer
+    value, reason = decision(plan, "experts")
+    assert value == f"{kept} in host memory, {plan.num_streamed_layers} on disk"
+    assert "every step of the batch reads" in reason
+    assert plan.slots >= 8
+    assert make_plan(job(load_strategy="no-gpu"), machine(64), flagship).num_streamed_layers == 0
 
 
 @pytest.mark.parametrize("asked", ["min-gpu", "max-gpu"])
@@ -177,7 +197,6 @@ def test_a_dense_model_goes_onto_the_gpu_whole(asked: str) -> None:
     check(plan)
     assert plan.device == "cuda:1"  # the one with most memory free
     assert needs(plan, "host").keys() == {"libraries"}
-    assert plan.not_available is None
     old = Gpu(name="old", total_bytes=24 * GIB, free_bytes=24 * GIB, capability=(7, 5))
     assert make_plan(job(load_strategy=asked), machine(gpus=(old,)), facts()).dtype == "float16"
 
@@ -253,15 +272,29 @@ def test_packed_weights_are_unpacked_on_a_cpu_if_half_the_memory_holds_them() ->
     many = job(load_strategy="no-gpu", batch={"slots": 250})
     assert make_plan(many, machine(128), packed).weights == "packed"
     on_gpu = make_plan(job(), machine(128, 80), packed)
-    assert on_gpu.weights == "packed"
-    assert make_plan(job(trust_remote_code=True, load_strategy="no-gpu"), machine(128), packed).weights == "packed"
+    assert on_gpu.weights == "stock"
+    assert make_plan(job(trust_remote_code=True, load_strategy="no-gpu"), machine(128), packed).weights == "stock"
     other = facts(quantization_config=INT4 | {"packing_format": "auto_round:auto_awq"})
-    assert make_plan(job(load_strategy="no-gpu"), machine(128), other).weights == "packed"
+    assert make_plan(job(load_strategy="no-gpu"), machine(128), other).weights == "stock"
+
+
+def test_packed_experts_stay_packed_and_what_we_cannot_read_is_loaded_by_transformers(flagship: ModelFacts) -> None:
+    assert make_plan(job(load_strategy="no-gpu"), machine(1000), flagship).weights == "packed"
+    assert make_plan(job(load_strategy="max-gpu"), machine(128, 80), flagship).weights == "packed"
+    other = facts(QWEN3_NEXT, quantization_config=INT4 | {"sym": False})
+    for asked, where in (("no-gpu", machine()), ("min-gpu", machine(64, 24))):
+        plan = make_plan(job(load_strategy=asked), where, other)
+        assert plan.weights == "unpacked" if asked == "no-gpu" else "stock"
+    on_gpu = make_plan(job(load_strategy="min-gpu"), machine(64, 24), other)
+    assert "they are not symmetric" in decision(on_gpu, "weights")[1]
+    assert "experts" in needs(on_gpu, "gpu")  # whole in one place, as transformers loads it
 
 
 def test_stock_loading_of_packed_experts_needs_room_for_a_second_copy(flagship: ModelFacts) -> None:
-    assert make_plan(job(load_strategy="no-gpu"), DESKTOP, flagship).not_available
-    assert make_plan(job(load_strategy="no-gpu"), SERVER, flagship).not_available is None
+    stock = job(load_strategy="no-gpu", trust_remote_code=True)
+    with pytest.raises(MachineError, match="loading 30"):
+        make_plan(stock, DESKTOP, flagship)
+    check(make_plan(stock, SERVER, flagship))
 
 
 def test_other_quantizations_are_refused() -> None:

@@ -6,7 +6,7 @@ Where the weights are not at hand (a hub model before its download) the same fac
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from pipeline.errors import NotFoundError, Problem
 from pipeline.facts.architecture import Architecture, read_architecture
 from pipeline.facts.checkpoint import CONFIG, Checkpoint, Tensor, open_checkpoint
+from pipeline.facts.layout import layout_faults, unpackable
 from pipeline.facts.quantization import (
     AUTO_GPTQ,
     FULL_BITS,
@@ -24,6 +25,7 @@ from pipeline.facts.quantization import (
 )
 
 EXPERTS = "experts"
+_MOST_FAULTS = 20  # that are told one by one
 SET_ASIDE = "set aside"  # tensors of a vision tower or of speculative layers, which we never load
 PARTS = (
     *(EXPERTS, "shared experts", "routers", "attention", "linear attention"),
@@ -70,6 +72,7 @@ class ModelFacts:
     quantization: Quantization | None
     parts: tuple[Part, ...]  # in the order of PARTS, those that are there
     estimated: bool  # the parts follow from the configuration, not from headers
+    packed_fault: str | None  # why our own loader cannot keep packed weights packed; None where it can
 
     @property
     def loaded_parts(self) -> tuple[Part, ...]:
@@ -86,6 +89,11 @@ class ModelFacts:
     @property
     def is_packed(self) -> bool:
         return any(part.packed_parameters for part in self.loaded_parts)
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether our own loader and kernels take the packed weights as they are."""
+        return self.is_packed and self.packed_fault is None
 
     @property
     def can_unpack(self) -> bool:
@@ -121,8 +129,11 @@ def facts_of(checkpoint: Checkpoint) -> ModelFacts:
     file = str(checkpoint.directory / CONFIG)
     architecture = read_architecture(checkpoint.config, file=file)
     quantization = read_quantization(checkpoint.config, file=file)
-    if checkpoint.shards:
-        pieces = _stored(dict(checkpoint.tensors()), quantization)
+    tensors = dict(checkpoint.tensors())
+    if tensors:
+        if architecture.is_enumerable and (faults := layout_faults(tensors, architecture)):
+            raise NotFoundError(list(_layout_problems(faults, str(checkpoint.directory))))
+        pieces = _stored(tensors, quantization)
     elif architecture.is_enumerable:
         pieces = _expected(architecture, quantization)
     else:
@@ -133,8 +144,17 @@ def facts_of(checkpoint: Checkpoint) -> ModelFacts:
         architecture=architecture,
         quantization=quantization,
         parts=_sum(pieces),
-        estimated=not checkpoint.shards,
+        estimated=not tensors,
+        packed_fault=unpackable(checkpoint.config, tensors, architecture, quantization),
     )
+
+
+def _layout_problems(faults: Sequence[str], directory: str) -> Iterator[Problem]:
+    yield Problem(f"the weights do not fit the configuration: {len(faults)} faults", directory, field="model.path")
+    for fault in faults[:_MOST_FAULTS]:
+        yield Problem(fault, directory)
+    if len(faults) > _MOST_FAULTS:
+        yield Problem(f"and {len(faults) - _MOST_FAULTS} more", directory)
 
 
 class _Piece(NamedTuple):

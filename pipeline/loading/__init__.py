@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import MachineError, NotFoundError, Problem, SpecError
 from pipeline.facts.checkpoint import Checkpoint, open_checkpoint
+from pipeline.loading.packed import load_packed
 from pipeline.loading.quiet import quiet_libraries
 from pipeline.loading.stock import load_stock
 from pipeline.loading.unpack import load_unpacked
@@ -45,8 +46,8 @@ def apply_environment(plan: Plan) -> None:
 def load_model(plan: Plan, *, show_progress: bool = False) -> LoadedModel:
     """Load the plan's model as the plan says, in silence but for a bar if wanted.
 
-    Raises before anything is loaded: MachineError where the plan needs what is not built yet, NotFoundError and
-    SpecError for files that are incomplete or may not be loaded. After: NotFoundError for weights that are not those of
+    Raises before anything is loaded NotFoundError and SpecError for files that are incomplete or may not be loaded.
+    After: NotFoundError for weights that are not those of
     the configuration, MachineError where memory runs out all the same or a library is missing.
     """
     started = time.monotonic()
@@ -57,7 +58,7 @@ def load_model(plan: Plan, *, show_progress: bool = False) -> LoadedModel:
     torch.set_num_threads(plan.num_threads)
     _check_type(plan, checkpoint)
     with quiet_libraries(show_progress=show_progress), _explained(checkpoint.directory):
-        model, info = _LOADERS[plan.weights](plan, checkpoint)
+        model, info = _LOADERS[plan.weights](plan, checkpoint, show_progress)
     _check_complete(checkpoint.directory, info)
     tensors = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
     on_gpu = plan.device.startswith("cuda")
@@ -71,21 +72,22 @@ def load_model(plan: Plan, *, show_progress: bool = False) -> LoadedModel:
     )
 
 
-def _load_unpacked(plan: Plan, checkpoint: Checkpoint) -> tuple[torch.nn.Module, dict[str, set[str]]]:
+def _load_unpacked(plan: Plan, checkpoint: Checkpoint, _show_progress: bool) -> tuple[torch.nn.Module, dict[str, Any]]:
     import torch
 
     return load_unpacked(checkpoint, getattr(torch, plan.dtype))
 
 
-# By the form of the weights: both put the whole model on one device. Experts on another will be a third.
-_LOADERS = {"packed": load_stock, "unpacked": _load_unpacked}
+def _load_stock(plan: Plan, checkpoint: Checkpoint, _show_progress: bool) -> tuple[torch.nn.Module, dict[str, Any]]:
+    return load_stock(plan, checkpoint)
+
+
+_LOADERS = {"stock": _load_stock, "packed": load_packed, "unpacked": _load_unpacked}
 
 
 def _open(plan: Plan) -> Checkpoint:
     if plan.model_dir is None:
         raise ValueError(f"engine {plan.engine} has no model to load")
-    if plan.not_available:
-        raise MachineError(Problem(f"not available yet: {plan.not_available}", field="model.load_strategy"))
     checkpoint = open_checkpoint(Path(plan.model_dir), trust_remote_code=plan.trust_remote_code)
     if not checkpoint.shards:
         message = "has a configuration but no weights (model.safetensors); download them too"

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from pipeline.facts.model_facts import EXPERTS, ModelFacts
+from pipeline.facts.model_facts import EXPERTS, ModelFacts, Part
 
 Device: TypeAlias = Literal["host", "gpu"]
 LoadStrategy: TypeAlias = Literal["no-gpu", "min-gpu", "max-gpu"]
+# How weights are loaded and lie: by transformers as stored; by us, packed as stored; by us, quantized ones made plain.
+Form: TypeAlias = Literal["stock", "packed", "unpacked"]
 
 MAX_SLOTS = 256  # beyond this a step gains little: the products of matrices are near their peak
 _MIB = 1 << 20
@@ -20,7 +22,12 @@ _CUDA_HOST_BYTES = 2048 * _MIB
 # is alive in the widest layer at once: what a layer frees is not given back in time for the next.
 _WORK_FACTOR = 2
 _LOGIT_BYTES = 2 * 4  # float32 scores, and the copy that sampling works on
+_STOCK_SURPLUS = 0.75  # of the weights: what transformers and auto-round took beside packed experts while loading
+_STAGING_BYTES = 256 * _MIB  # that reads of our loader pass through
+STREAM_BUFFERS = 2  # layers in memory of those that are read for every pass: one computes while the next is read
 _LIBRARIES = "libraries"
+_LOADING = "loading"
+_BEING_READ = "experts being read"
 _CACHE = "context cache"
 _STATE = "recurrent state"
 _WORK = "working memory"
@@ -32,13 +39,19 @@ class Placement:
 
     strategy: LoadStrategy
     value_bytes: int  # of an unquantized number: 2 or 4
-    unpacked: bool = False  # quantized weights are turned into plain ones while loading
-    num_expert_layers_on_gpu: int = 0
+    form: Form = "stock"
+    num_expert_layers_on_gpu: int = 0  # with another form than packed experts are where all the rest is
+    num_streamed_layers: int = 0  # of which the experts are read from disk for every pass
 
     @property
     def device(self) -> Device:
         """Where everything but routed experts is computed, and the cache lies."""
         return "host" if self.strategy == "no-gpu" else "gpu"
+
+    def bytes_of(self, part: Part) -> int:
+        """What a part takes. On a GPU our loader keeps only experts packed: all else is small there and often used."""
+        plain = self.form == "unpacked" or (self.form == "packed" and self.device == "gpu" and part.name != EXPERTS)
+        return part.num_bytes(self.value_bytes, unpacked=plain)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +81,36 @@ def weight_needs(facts: ModelFacts, placement: Placement) -> list[Need]:
     """The model's parts, each where the placement puts it; experts may lie on both devices, by whole layers."""
     needs: list[Need] = []
     for part in facts.loaded_parts:
-        num_bytes = part.num_bytes(placement.value_bytes, unpacked=placement.unpacked)
-        if part.name != EXPERTS or placement.device == "host":
-            needs.append(Need(placement.device, part.name, num_bytes))
-            continue
-        on_gpu = num_bytes * placement.num_expert_layers_on_gpu // len(facts.architecture.sparse_layers)
-        needs += [Need("gpu", EXPERTS, on_gpu), Need("host", EXPERTS, num_bytes - on_gpu)]
+        if part.name == EXPERTS and placement.form == "packed":
+            needs += _expert_needs(facts, placement)
+        else:
+            needs.append(Need(placement.device, part.name, placement.bytes_of(part)))
+    needs.append(Need("host", _LOADING, _loading_bytes(facts, placement)))
     needs.append(
         Need("host", _LIBRARIES, _RUNTIME_BYTES["host"] + (_CUDA_HOST_BYTES if placement.device == "gpu" else 0))
     )
     if placement.device == "gpu":
         needs.append(Need("gpu", _LIBRARIES, _RUNTIME_BYTES["gpu"]))
     return [need for need in needs if need.num_bytes]
+
+
+def _expert_needs(facts: ModelFacts, placement: Placement) -> Iterator[Need]:
+    one, num_layers = expert_layer_bytes(facts, placement), len(facts.architecture.sparse_layers)
+    on_gpu, streamed = placement.num_expert_layers_on_gpu, placement.num_streamed_layers
+    yield Need("gpu", EXPERTS, on_gpu * one)
+    yield Need("host", EXPERTS, (num_layers - on_gpu - streamed) * one)
+    yield Need("host", _BEING_READ, min(streamed, STREAM_BUFFERS) * one)
+
+
+def _loading_bytes(facts: ModelFacts, placement: Placement) -> int:
+    """Host memory that only loading needs."""
+    if placement.form == "packed":
+        staging = _STAGING_BYTES
+        if placement.device == "gpu":  # what is unpacked there comes packed
+            staging += sum(part.packed_bytes for part in facts.loaded_parts if part.name != EXPERTS)
+        return staging
+    stock_experts = placement.form == "stock" and facts.part(EXPERTS).packed_parameters
+    return round(_STOCK_SURPLUS * sum(map(placement.bytes_of, facts.loaded_parts))) if stock_experts else 0
 
 
 def batch_needs(
@@ -123,8 +154,7 @@ def allowed_bytes(free_bytes: int, size_bytes: int, cap: int | None) -> int:
 
 def expert_layer_bytes(facts: ModelFacts, placement: Placement) -> int:
     """Bytes of the routed experts of one layer."""
-    experts = facts.part(EXPERTS).num_bytes(placement.value_bytes, unpacked=placement.unpacked)
-    return experts // max(1, len(facts.architecture.sparse_layers))
+    return placement.bytes_of(facts.part(EXPERTS)) // max(1, len(facts.architecture.sparse_layers))
 
 
 def _logit_bytes(facts: ModelFacts) -> int:

@@ -13,6 +13,7 @@ from pipeline.machine import Machine
 from pipeline.plan.budget import (
     MAX_SLOTS,
     Device,
+    Form,
     LoadStrategy,
     Need,
     Placement,
@@ -95,27 +96,52 @@ class Placer:
     def place(self, strategy: LoadStrategy) -> Fit:
         """The best placement of a strategy; it may be short.
 
-        With max-gpu a batch of up to half the room that the other weights leave comes first, since sequences decoded
-        together bring more than experts at hand; whole layers of experts fill the rest. Without a GPU quantized weights
-        are unpacked where memory allows.
+        Packed experts are spread over the places there are. Other packed weights are unpacked on a CPU where memory
+        allows; what transformers loads lies in one place.
         """
-        fit = self._fit(Placement(strategy, _VALUE_BYTES[self.dtype(strategy)[0]]))
-        placement, num_layers = fit.placement, len(self.facts.architecture.sparse_layers)
-        if strategy == "max-gpu" and num_layers:
-            gpu = self._fit(placement, share=2, most_slots=_SLOTS_BEFORE_EXPERTS).budget("gpu")
-            room = max(0, gpu.allowed_bytes - gpu.needed_bytes)
-            on_gpu = min(num_layers, room // expert_layer_bytes(self.facts, placement))
-            return self._fit(replace(placement, num_expert_layers_on_gpu=on_gpu))
+        fit = self._fit(Placement(strategy, _VALUE_BYTES[self.dtype(strategy)[0]], self._form(strategy)))
+        if fit.placement.form == "packed" and self.facts.architecture.num_experts:
+            return self._spread(fit)
         # Our own reader of packed weights knows no code but transformers' own.
         if strategy == "no-gpu" and self.facts.can_unpack and not self.spec.model.trust_remote_code:
-            unpacked = self._fit(replace(placement, unpacked=True))
+            unpacked = self._fit(replace(fit.placement, form="unpacked"))
             if self.unpacked_bytes(fit) <= self.unpacked_limit(fit) and not unpacked.short:
                 return unpacked
         return fit
 
+    def _form(self, strategy: LoadStrategy) -> Form:
+        if not self.facts.can_pack or self.spec.model.trust_remote_code:
+            return "stock"
+        return "packed" if self.facts.architecture.num_experts or strategy == "no-gpu" else "stock"
+
+    def _spread(self, fit: Fit) -> Fit:
+        """Packed experts by whole layers: on the GPU if asked, in host memory, on disk where that is too small.
+
+        A batch of up to half the room that the other weights leave comes first, since sequences decoded together
+        bring more than experts at hand.
+        """
+        placement, num_layers = fit.placement, len(self.facts.architecture.sparse_layers)
+        one = expert_layer_bytes(self.facts, placement)
+        if placement.strategy == "max-gpu":
+            on_gpu = min(num_layers, self._room(placement, "gpu", _SLOTS_BEFORE_EXPERTS) // one)
+            fit = self._fit(replace(placement, num_expert_layers_on_gpu=on_gpu))
+            num_layers -= on_gpu
+        if "host" in {budget.device for budget in fit.short} and num_layers:
+            streamed = replace(fit.placement, num_streamed_layers=num_layers)
+            kept = min(num_layers - 1, self._room(streamed, "host", MAX_SLOTS) // one)
+            spilled = self._fit(replace(streamed, num_streamed_layers=num_layers - kept))
+            if not spilled.short:
+                return spilled
+        return fit
+
+    def _room(self, placement: Placement, device: Device, most_slots: int) -> int:
+        """Bytes left of a device beside the weights and half the batch that would fit, or one of so many slots."""
+        budget = self._fit(placement, share=2, most_slots=most_slots).budget(device)
+        return max(0, budget.allowed_bytes - budget.needed_bytes)
+
     def unpacked_bytes(self, fit: Fit) -> int:
         """What the weights would take unpacked."""
-        return sum(part.num_bytes(fit.placement.value_bytes, unpacked=True) for part in self.facts.loaded_parts)
+        return sum(map(replace(fit.placement, form="unpacked").bytes_of, self.facts.loaded_parts))
 
     def unpacked_limit(self, fit: Fit) -> int:
         """The most that unpacked weights may take."""

@@ -7,15 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from pipeline.errors import MachineError, Problem, SpecError
-from pipeline.facts.model_facts import EXPERTS, ModelFacts
+from pipeline.facts.model_facts import ModelFacts
 from pipeline.machine import Machine
-from pipeline.plan.budget import MAX_SLOTS, LoadStrategy, Placement, Workload
+from pipeline.plan.budget import MAX_SLOTS, Form, LoadStrategy, Placement, Workload, expert_layer_bytes
 from pipeline.plan.placement import PLACES, Budget, DType, Fit, Placer, show_bytes
 from pipeline.spec.keys import JobSpec
 
 TYPICAL_PROMPT_TOKENS = 512  # assumed until the input is counted
 _ECHO_SLOTS = 16
-_STOCK_PEAK = 1.75  # times the weights: what the stock loader of packed experts took at its worst
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +46,16 @@ class Plan:
     asked_strategy: LoadStrategy
     load_strategy: LoadStrategy  # what runs
     device: str  # where prompts enter: cpu, cuda:0
-    num_expert_layers_on_gpu: int  # the other layers' routed experts are in host memory
+    num_expert_layers_on_gpu: int  # the other layers' routed experts are in host memory ...
+    num_streamed_layers: int  # ... but for those of so many layers, which are read from disk for every pass
     dtype: DType
-    weights: Literal["packed", "unpacked"]
+    weights: Form
     num_threads: int
     slots: int
     cache_tokens: int
     environment: tuple[tuple[str, str], ...]
     budgets: tuple[Budget, ...]
     decisions: tuple[Decision, ...]
-    not_available: str | None = None  # why this plan cannot be run yet
 
     def explain(self) -> str:
         """The plan as a table for people: each decision with its reason, then memory by device and part."""
@@ -68,8 +67,6 @@ class Plan:
             used, allowed = show_bytes(budget.needed_bytes), show_bytes(budget.allowed_bytes)
             lines.append(f"{PLACES[budget.device]}: {used} of the {allowed} that may be used")
             lines += [f"  {need.part:{names}}  {show_bytes(need.num_bytes)}" for need in budget.needs]
-        if self.not_available:
-            lines.append(f"not available yet: {self.not_available}")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -107,6 +104,7 @@ def make_plan(
         Decision("device", device, _why_device(placer, placement)),
         Decision("dtype", dtype, why_dtype),
         _weights(placer, fit),
+        *_experts(placer, placement),
         Decision("threads", str(num_threads), why_threads),
         Decision("slots", str(fit.slots), _why_slots(placer, fit)),
         Decision("cache tokens", str(fit.cache_tokens), _why_cache(placer, fit)),
@@ -122,15 +120,15 @@ def make_plan(
         load_strategy=strategy,
         device=device,
         num_expert_layers_on_gpu=placement.num_expert_layers_on_gpu,
+        num_streamed_layers=placement.num_streamed_layers,
         dtype=dtype,
-        weights="unpacked" if placement.unpacked else "packed",
+        weights=placement.form,
         num_threads=num_threads,
         slots=fit.slots,
         cache_tokens=fit.cache_tokens,
         environment=tuple((made.name, made.value) for made in environment),
         budgets=fit.budgets,
         decisions=tuple(decisions),
-        not_available=_not_available(facts, fit),
     )
 
 
@@ -146,8 +144,9 @@ def _echo_plan(spec: JobSpec, machine: Machine) -> Plan:
         load_strategy="no-gpu",
         device="cpu",
         num_expert_layers_on_gpu=0,
+        num_streamed_layers=0,
         dtype="float32",
-        weights="packed",
+        weights="stock",
         num_threads=1,
         slots=slots,
         cache_tokens=0,
@@ -206,26 +205,46 @@ def _why_device(placer: Placer, placement: Placement) -> str:
     gpu, shape = placer.machine.gpus[placer.gpu], placer.facts.architecture
     if not shape.num_experts:
         return f"the whole model is on the {gpu.name}"
-    on_gpu, num_layers = placement.num_expert_layers_on_gpu, len(shape.sparse_layers)
-    if on_gpu == num_layers:
+    if placement.form != "packed" or placement.num_expert_layers_on_gpu == len(shape.sparse_layers):
         return f"the whole model is on the {gpu.name}"
-    where = f"those of {num_layers - on_gpu} of {num_layers} layers" if on_gpu else "these"
-    return f"everything but routed experts is on the {gpu.name}; {where} are in host memory"
+    return f"everything but routed experts is on the {gpu.name}; see experts"
 
 
 def _weights(placer: Placer, fit: Fit) -> Decision:
-    if not placer.facts.is_packed:
-        return Decision("weights", "as stored", "the model is not quantized")
-    if fit.placement.unpacked:
+    facts, form = placer.facts, fit.placement.form
+    if not facts.is_packed:
+        return Decision("weights", form, "the model is not quantized; transformers loads it as it is stored")
+    if form == "unpacked":
         return Decision(
-            "weights", "unpacked", "plain weights decode faster on a CPU than packed ones, and there is room"
+            "weights", form, "plain weights decode large batches faster on a CPU than packed ones, and there is room"
         )
-    if fit.placement.device == "gpu":
-        return Decision("weights", "packed", "the kernels of a GPU compute on packed weights")
-    if not placer.facts.can_unpack or placer.spec.model.trust_remote_code:
-        return Decision("weights", "packed", "only transformers' own code reads them")
+    if form == "stock":
+        why = facts.packed_fault or "the job trusts the model's own code"
+        if fit.placement.device == "gpu" and facts.can_pack and not facts.architecture.num_experts:
+            why = "the kernels of a GPU compute on packed weights"
+        return Decision("weights", form, f"transformers and auto-round load them: {why}")
+    if facts.architecture.num_experts:
+        return Decision("weights", form, "read straight into place; a batch reads each expert that it hits once")
     size, limit = show_bytes(placer.unpacked_bytes(fit)), show_bytes(placer.unpacked_limit(fit))
-    return Decision("weights", "packed", f"unpacked they would take {size}, more than half of the memory ({limit})")
+    return Decision("weights", form, f"unpacked they would take {size}, more than half of the memory ({limit})")
+
+
+def _experts(placer: Placer, placement: Placement) -> Iterator[Decision]:
+    """Where the routed experts lie, if not all with the rest."""
+    on_gpu, streamed = placement.num_expert_layers_on_gpu, placement.num_streamed_layers
+    num_layers = len(placer.facts.architecture.sparse_layers)
+    if placement.form != "packed" or not num_layers or (placement.device == "host" and not streamed):
+        return
+    places = {"on the GPU": on_gpu, "in host memory": num_layers - on_gpu - streamed, "on disk": streamed}
+    value = ", ".join(f"{count} {place}" for place, count in places.items() if count)
+    reason = "of all layers; only the hidden states of tokens cross" if placement.device == "gpu" else "of all layers"
+    if streamed:
+        size = show_bytes(streamed * expert_layer_bytes(placer.facts, placement))
+        reason += (
+            f"; memory is short, so every step of the batch reads {size} from the model's files: at 1 GB/s about "
+            f"{streamed * expert_layer_bytes(placer.facts, placement) / 1e9:.0f} s a token of each sequence"
+        )
+    yield Decision("experts", value, reason)
 
 
 def _why_slots(placer: Placer, fit: Fit) -> str:
@@ -281,19 +300,3 @@ def _gil(machine: Machine) -> Decision:
     if machine.gil_enabled:
         return Decision("GIL", "on", "this Python is built without it, but a library or PYTHON_GIL turned it on")
     return Decision("GIL", "off", "this Python is built without it")
-
-
-def _not_available(facts: ModelFacts, fit: Fit) -> str | None:
-    """What the loaders cannot do yet, of a plan that fits."""
-    placement, experts = fit.placement, facts.part(EXPERTS)
-    if not experts.num_parameters:
-        return None
-    if placement.device == "gpu" and placement.num_expert_layers_on_gpu < len(facts.architecture.sparse_layers):
-        return "routed experts on another device than the rest of the model (min-gpu, max-gpu)"
-    if placement.device == "host" and experts.packed_parameters and not placement.unpacked:
-        host = fit.budget("host")
-        weights = sum(part.num_bytes(placement.value_bytes) for part in facts.loaded_parts)
-        peak = host.needed_bytes + round((_STOCK_PEAK - 1) * weights)
-        if peak > host.allowed_bytes:
-            return f"loading packed experts without a second copy; stock loading would need {show_bytes(peak)}"
-    return None

@@ -1,0 +1,422 @@
+// Products with linear layers whose weights are packed integers: y[m, n] = sum over k of x[m, k] * weight[n, k].
+//
+// A layer of K inputs and N outputs lies in blocks of 32 outputs, each in one piece:
+//     codes   uint32   [N / 32][K * bits / 32][32]   a word holds 32 / bits inputs of one output, the first lowest
+//     scales  float16  [N / 32][K / group][32]
+// weight[n, k] = (code - 2 ** (bits - 1)) * scale. A block is dequantized by slabs of at most 128 inputs, which stay in
+// the first-level cache while all rows pass by; the codes are thus read once, whatever the number of rows. Products of
+// a slab are summed in float32 and scaled then, so that weights are never rounded. Every row is summed in the same
+// order whatever rows are beside it.
+//
+// Rows are float32, or bfloat16 where the processor multiplies that. Compiled by native.py, called by packed.py.
+
+#include <omp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define BLOCK 32
+#define SLAB 128
+#define AHEAD 1024 // words; the next slab is asked for while this one is dequantized, which gains a third to a half
+#define CHUNK 256 // rows that pass by a slab; bounds what lies on the stack
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#include <immintrin.h>
+#define HAS_BF16 1
+#else
+#define HAS_BF16 0
+#endif
+#ifdef __AVX512F__
+#define ROWS 6 // rows whose sums fit the registers together
+#else
+#define ROWS 2
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+typedef float f32x16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t u32x16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t i32x16 __attribute__((vector_size(64), aligned(4), may_alias));
+
+// One layer, or a stack of equal ones: that of expert e begins e * outputs * inputs further.
+typedef struct {
+    const uint32_t *codes;
+    const uint16_t *scales;
+    int64_t outputs, inputs, bits, group;
+} Packed;
+
+typedef union {
+    float f;
+    uint32_t u;
+} Bits;
+
+// Finite values only, which scales are.
+INLINE float from_half(uint16_t half) {
+    Bits value = {.u = (uint32_t)(half & 0x7fff) << 13};
+    value.f *= 0x1p112f;
+    value.u |= (uint32_t)(half & 0x8000) << 16;
+    return value.f;
+}
+
+INLINE uint16_t to_bf16(float number) {
+    Bits value = {.f = number};
+    if ((value.u & 0x7fffffff) > 0x7f800000) return 0x7fc0; // not a number
+    return (value.u + 0x7fff + ((value.u >> 16) & 1)) >> 16;
+}
+
+INLINE f32x16 choose(i32x16 condition, float yes, f32x16 no) {
+    return (f32x16)((condition & (i32x16)((f32x16){} + yes)) | (~condition & (i32x16)no));
+}
+
+// 2 to the power of x * log2(e), the power held within 126; relative error below 1e-6.
+INLINE f32x16 exponential(f32x16 x) {
+    f32x16 power = x * 1.44269504088896341f;
+    power = choose(power > 126.0f, 126.0f, power);
+    power = choose(power < -126.0f, -126.0f, power);
+    const f32x16 shift = (f32x16){} + 12582912.0f; // adding it rounds to whole numbers
+    f32x16 whole = (power + shift) - shift;
+    f32x16 rest = power - whole;
+    f32x16 sum = 1.5353362e-4f + (f32x16){};
+    sum = sum * rest + 1.3398874e-3f;
+    sum = sum * rest + 9.6184373e-3f;
+    sum = sum * rest + 5.5503324e-2f;
+    sum = sum * rest + 2.4022648e-1f;
+    sum = sum * rest + 6.9314720e-1f;
+    sum = sum * rest + 1.0f;
+    i32x16 exponent = (__builtin_convertvector(whole, i32x16) + 127) << 23;
+    return sum * (f32x16)exponent;
+}
+
+// ---- float32 rows ----
+
+INLINE void slab_f32(const uint32_t *codes, int words, const int bits, float *slab) {
+    const int per_word = 32 / bits;
+    for (int word = 0; word < words; word++)
+        for (int half = 0; half < BLOCK; half += 16) {
+            u32x16 code = *(const u32x16 *)(codes + word * BLOCK + half);
+            __builtin_prefetch(codes + word * BLOCK + half + AHEAD);
+            for (int place = 0; place < per_word; place++) {
+                i32x16 value = (i32x16)(code >> (bits * place) & ((1u << bits) - 1)) - (1 << (bits - 1));
+                *(f32x16 *)(slab + (word * per_word + place) * BLOCK + half) = __builtin_convertvector(value, f32x16);
+            }
+        }
+}
+
+INLINE void tile_f32(const void *const *rows, const int num_rows, int64_t first, int step, const float *slab,
+                     const f32x16 *scale, float (*sums)[BLOCK]) {
+    f32x16 part[ROWS][2] = {};
+    for (int k = 0; k < step; k++) {
+        f32x16 low = *(const f32x16 *)(slab + k * BLOCK), high = *(const f32x16 *)(slab + k * BLOCK + 16);
+        for (int row = 0; row < num_rows; row++) {
+            float x = ((const float *)rows[row])[first + k];
+            part[row][0] += x * low;
+            part[row][1] += x * high;
+        }
+    }
+    for (int row = 0; row < num_rows; row++)
+        for (int half = 0; half < 2; half++)
+            *(f32x16 *)(sums[row] + 16 * half) += part[row][half] * scale[half];
+}
+
+// ---- bfloat16 rows: two inputs side by side in a word, the first and the middle one of a word of codes first ----
+
+// Puts the inputs of a row into the order in which the slab has them.
+static void arrange(const uint16_t *row, int64_t inputs, int bits, uint32_t *pairs) {
+    const int per_half = 16 / bits;
+    for (int64_t word = 0; word < inputs / (2 * per_half); word++)
+        for (int place = 0; place < per_half; place++) {
+            const uint16_t *first = row + word * 2 * per_half + place;
+            pairs[word * per_half + place] = first[0] | (uint32_t)first[per_half] << 16;
+        }
+}
+
+#if HAS_BF16
+INLINE void slab_bf16(const uint32_t *codes, int words, const int bits, uint32_t *slab) {
+    const int per_half = 16 / bits;
+    uint16_t entries[32];
+    for (int index = 0; index < 32; index++) // the instruction looks at five bits, of which `bits` count
+        entries[index] = to_bf16((float)((index & ((1 << bits) - 1)) - (1 << (bits - 1))));
+    const __m512i table = _mm512_loadu_si512(entries);
+    for (int word = 0; word < words; word++)
+        for (int half = 0; half < BLOCK; half += 16) {
+            u32x16 code = *(const u32x16 *)(codes + word * BLOCK + half);
+            __builtin_prefetch(codes + word * BLOCK + half + AHEAD);
+            uint32_t *to = slab + word * per_half * BLOCK + half;
+            if (bits < 8) {
+                for (int place = 0; place < per_half; place++)
+                    *(u32x16 *)(to + place * BLOCK) =
+                        (u32x16)_mm512_permutexvar_epi16((__m512i)(code >> (bits * place)), table);
+            } else { // of 256 values no table: convert, which is exact, and take the upper halves
+                code ^= 0x80808080u;
+                f32x16 values[4];
+                for (int place = 0; place < 4; place++)
+                    values[place] = __builtin_convertvector((i32x16)(code << (24 - 8 * place)) >> 24, f32x16);
+                for (int place = 0; place < 2; place++)
+                    *(u32x16 *)(to + place * BLOCK) = (u32x16)values[place] >> 16 | (u32x16)values[place + 2];
+            }
+        }
+}
+
+INLINE void tile_bf16(const void *const *rows, const int num_rows, int64_t first, int step, const uint32_t *slab,
+                      const f32x16 *scale, float (*sums)[BLOCK]) {
+    __m512 part[ROWS][2][2] = {}; // two sums each, so that one product need not wait for the last
+    for (int pair = 0; pair < step / 2; pair += 2)
+        for (int odd = 0; odd < 2; odd++) {
+            __m512bh low = (__m512bh)_mm512_loadu_si512(slab + (pair + odd) * BLOCK);
+            __m512bh high = (__m512bh)_mm512_loadu_si512(slab + (pair + odd) * BLOCK + 16);
+            for (int row = 0; row < num_rows; row++) {
+                __m512bh x = (__m512bh)_mm512_set1_epi32(((const int32_t *)rows[row])[first / 2 + pair + odd]);
+                part[row][0][odd] = _mm512_dpbf16_ps(part[row][0][odd], x, low);
+                part[row][1][odd] = _mm512_dpbf16_ps(part[row][1][odd], x, high);
+            }
+        }
+    for (int row = 0; row < num_rows; row++)
+        for (int half = 0; half < 2; half++)
+            *(f32x16 *)(sums[row] + 16 * half) += (f32x16)(part[row][half][0] + part[row][half][1]) * scale[half];
+}
+#endif
+
+// ---- what both have in common ----
+
+typedef union {
+    float f32[SLAB * BLOCK];
+    uint32_t bf16[SLAB / 2 * BLOCK];
+} __attribute__((aligned(64))) Slab;
+
+INLINE void slab_of(const uint32_t *codes, int words, const int bits, const int bf16, Slab *slab) {
+#if HAS_BF16
+    if (bf16) {
+        slab_bf16(codes, words, bits, slab->bf16);
+        return;
+    }
+#endif
+    slab_f32(codes, words, bits, slab->f32);
+}
+
+INLINE void tile_of(const void *const *rows, const int num_rows, int64_t first, int step, const int bf16,
+                    const Slab *slab, const f32x16 *scale, float (*sums)[BLOCK]) {
+#if HAS_BF16
+    if (bf16) {
+        tile_bf16(rows, num_rows, first, step, slab->bf16, scale, sums);
+        return;
+    }
+#endif
+    tile_f32(rows, num_rows, first, step, slab->f32, scale, sums);
+}
+
+// sums[r] = the products of rows[r] with one block of outputs; at most CHUNK rows.
+INLINE void multiply_(const Packed *layer, int64_t expert, int64_t block, const void *const *rows, int num_rows,
+                      float (*sums)[BLOCK], const int bits, const int bf16) {
+    const int64_t words = layer->inputs * bits / 32, groups = layer->inputs / layer->group;
+    const int64_t place = expert * (layer->outputs / BLOCK) + block;
+    const uint32_t *codes = layer->codes + place * words * BLOCK;
+    const uint16_t *scales = layer->scales + place * groups * BLOCK;
+    int step = SLAB;
+    while (layer->group % step) step /= 2;
+    Slab slab;
+    memset(sums, 0, num_rows * sizeof *sums);
+    for (int64_t first = 0; first < layer->inputs; first += step) {
+        slab_of(codes + first * bits / 32 * BLOCK, step * bits / 32, bits, bf16, &slab);
+        float scale[BLOCK];
+        for (int output = 0; output < BLOCK; output++)
+            scale[output] = from_half(scales[first / layer->group * BLOCK + output]);
+        int row = 0;
+        for (; row + ROWS <= num_rows; row += ROWS)
+            tile_of(rows + row, ROWS, first, step, bf16, &slab, (const f32x16 *)scale, sums + row);
+        switch (num_rows - row) { // numbers known when compiled, so that sums stay in registers
+#define REST(rest) \
+    case rest: \
+        tile_of(rows + row, rest < ROWS ? rest : 1, first, step, bf16, &slab, (const f32x16 *)scale, sums + row); \
+        break
+            REST(1);
+            REST(2);
+            REST(3);
+            REST(4);
+            REST(5);
+        }
+    }
+}
+
+#define VARIANT(bits, bf16) \
+    static __attribute__((noinline)) void multiply_##bits##_##bf16( \
+        const Packed *layer, int64_t expert, int64_t block, const void *const *rows, int num_rows, \
+        float (*sums)[BLOCK]) { \
+        multiply_(layer, expert, block, rows, num_rows, sums, bits, bf16); \
+    }
+VARIANT(2, 0)
+VARIANT(4, 0)
+VARIANT(8, 0)
+VARIANT(2, 1)
+VARIANT(4, 1)
+VARIANT(8, 1)
+
+typedef void Multiply(const Packed *, int64_t, int64_t, const void *const *, int, float (*)[BLOCK]);
+
+static Multiply *multiply_for(int64_t bits, int bf16) {
+    if (bf16) return bits == 2 ? multiply_2_1 : bits == 4 ? multiply_4_1 : multiply_8_1;
+    return bits == 2 ? multiply_2_0 : bits == 4 ? multiply_4_0 : multiply_8_0;
+}
+
+INLINE void store(const float *sums, void *out, int64_t at, int bf16) {
+    if (!bf16) {
+        memcpy((float *)out + at, sums, BLOCK * sizeof(float));
+        return;
+    }
+    for (int output = 0; output < BLOCK; output++) ((uint16_t *)out)[at + output] = to_bf16(sums[output]);
+}
+
+INLINE int64_t least(int64_t first, int64_t second) { return first < second ? first : second; }
+
+// Whether rows may be bfloat16.
+int packed_has_bf16(void) { return HAS_BF16; }
+
+// out[m, N] = x[m, K] times the layer; 0, or 1 where memory ran out.
+int packed_linear(const Packed *layer, const void *x, int64_t num_rows, void *out, int bf16, int num_threads) {
+    const int64_t inputs = layer->inputs, num_blocks = layer->outputs / BLOCK;
+    const int64_t num_chunks = (num_rows + CHUNK - 1) / CHUNK;
+    Multiply *multiply = multiply_for(layer->bits, bf16);
+    uint32_t *pairs = bf16 ? malloc(num_rows * inputs * 2) : NULL;
+    if (bf16 && !pairs) return 1;
+#pragma omp parallel num_threads(num_threads)
+    {
+        if (bf16)
+#pragma omp for
+            for (int64_t row = 0; row < num_rows; row++)
+                arrange((const uint16_t *)x + row * inputs, inputs, layer->bits, pairs + row * inputs / 2);
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < num_blocks * num_chunks; task++) {
+            const int64_t block = task / num_chunks, first = task % num_chunks * CHUNK;
+            const int count = least(CHUNK, num_rows - first);
+            const void *rows[CHUNK];
+            float sums[CHUNK][BLOCK];
+            for (int row = 0; row < count; row++)
+                rows[row] = bf16 ? (const void *)(pairs + (first + row) * inputs / 2)
+                                 : (const void *)((const float *)x + (first + row) * inputs);
+            multiply(layer, 0, block, rows, count, sums);
+            for (int row = 0; row < count; row++)
+                store(sums[row], out, (first + row) * layer->outputs + block * BLOCK, bf16);
+        }
+    }
+    free(pairs);
+    return 0;
+}
+
+// Sorts pairs of token and expert by expert, tokens ascending: starts[e] .. starts[e + 1] are those of expert e.
+static void sort(const int64_t *chosen, int64_t num_tokens, int64_t top_k, int64_t num_experts, int64_t *starts,
+                 int64_t *sorted) {
+    memset(starts, 0, (num_experts + 1) * sizeof *starts);
+    for (int64_t pair = 0; pair < num_tokens * top_k; pair++)
+        if (chosen[pair] >= 0 && chosen[pair] < num_experts) starts[chosen[pair] + 1]++;
+    for (int64_t expert = 0; expert < num_experts; expert++) starts[expert + 1] += starts[expert];
+    for (int64_t pair = 0; pair < num_tokens * top_k; pair++)
+        if (chosen[pair] >= 0 && chosen[pair] < num_experts) sorted[starts[chosen[pair]]++] = pair;
+    for (int64_t expert = num_experts; expert > 0; expert--) starts[expert] = starts[expert - 1];
+    starts[0] = 0;
+}
+
+// out[t] = sum over the experts that token t chose of weight * down(silu(gate(x[t])) * up(x[t])), experts ascending.
+// `gate_up` has the outputs of gate, then those of up. A chosen expert outside 0 .. num_experts counts for nothing.
+// 0, or 1 where memory ran out.
+int packed_experts(const Packed *gate_up, const Packed *down, const void *x, int64_t num_tokens, const int64_t *chosen,
+                   const float *weights, int64_t top_k, int64_t num_experts, void *out, int bf16, int num_threads) {
+    const int64_t hidden = gate_up->inputs, width = down->inputs, num_pairs = num_tokens * top_k;
+    const int64_t value = bf16 ? 2 : 4, width_blocks = width / BLOCK;
+    int64_t *starts = malloc((num_experts + 1 + num_pairs + num_experts) * sizeof *starts);
+    char *inner = malloc(num_pairs * width * value), *pairs = bf16 ? malloc(num_tokens * hidden * 2) : NULL;
+    float *totals = malloc(num_threads * num_tokens * BLOCK * sizeof *totals);
+    if (!starts || !inner || !totals || (bf16 && !pairs)) {
+        free(starts), free(inner), free(pairs), free(totals);
+        return 1;
+    }
+    int64_t *sorted = starts + num_experts + 1, *hit = sorted + num_pairs, num_hit = 0;
+    sort(chosen, num_tokens, top_k, num_experts, starts, sorted);
+    for (int64_t expert = 0; expert < num_experts; expert++)
+        if (starts[expert + 1] > starts[expert]) hit[num_hit++] = expert;
+    Multiply *into = multiply_for(gate_up->bits, bf16), *from = multiply_for(down->bits, bf16);
+    const char *tokens = bf16 ? pairs : x;
+#pragma omp parallel num_threads(num_threads)
+    {
+        const void *rows[CHUNK];
+        float sums[2][CHUNK][BLOCK];
+        if (bf16)
+#pragma omp for
+            for (int64_t token = 0; token < num_tokens; token++)
+                arrange((const uint16_t *)x + token * hidden, hidden, gate_up->bits,
+                        (uint32_t *)(pairs + token * hidden * 2));
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < num_hit * width_blocks; task++) {
+            const int64_t expert = hit[task / width_blocks], block = task % width_blocks;
+            for (int64_t first = starts[expert]; first < starts[expert + 1]; first += CHUNK) {
+                const int count = least(CHUNK, starts[expert + 1] - first);
+                for (int row = 0; row < count; row++)
+                    rows[row] = tokens + sorted[first + row] / top_k * hidden * value;
+                into(gate_up, expert, block, rows, count, sums[0]);
+                into(gate_up, expert, block + width_blocks, rows, count, sums[1]);
+                for (int row = 0; row < count; row++) {
+                    f32x16 *gate = (f32x16 *)sums[0][row], *up = (f32x16 *)sums[1][row];
+                    for (int half = 0; half < 2; half++)
+                        gate[half] = gate[half] / (1.0f + exponential(-gate[half])) * up[half];
+                    char *to = inner + ((first + row) * width + block * BLOCK) * value;
+                    if (bf16) {
+                        uint16_t rounded[BLOCK];
+                        store(sums[0][row], rounded, 0, 1);
+                        arrange(rounded, BLOCK, down->bits, (uint32_t *)to);
+                    } else {
+                        memcpy(to, sums[0][row], sizeof sums[0][row]);
+                    }
+                }
+            }
+        }
+        float(*total)[BLOCK] = (float(*)[BLOCK])totals + omp_get_thread_num() * num_tokens;
+#pragma omp for schedule(dynamic)
+        for (int64_t block = 0; block < hidden / BLOCK; block++) {
+            memset(total, 0, num_tokens * sizeof *total);
+            for (int64_t place = 0; place < num_hit; place++) {
+                const int64_t expert = hit[place];
+                for (int64_t first = starts[expert]; first < starts[expert + 1]; first += CHUNK) {
+                    const int count = least(CHUNK, starts[expert + 1] - first);
+                    for (int row = 0; row < count; row++) rows[row] = inner + (first + row) * width * value;
+                    from(down, expert, block, rows, count, sums[0]);
+                    for (int row = 0; row < count; row++) {
+                        const int64_t pair = sorted[first + row];
+                        for (int output = 0; output < BLOCK; output++)
+                            total[pair / top_k][output] += weights[pair] * sums[0][row][output];
+                    }
+                }
+            }
+            for (int64_t token = 0; token < num_tokens; token++)
+                store(total[token], out, token * hidden + block * BLOCK, bf16);
+        }
+    }
+    free(starts), free(inner), free(pairs), free(totals);
+    return 0;
+}
+
+// Copies matrices of a checkpoint into blocks of 32 columns. Matrix i has rows[i] rows and columns[i] columns of
+// sizes[i] bytes at from + offsets[i], and goes to the address to[i]; of size 0 is one of 4-byte words that must all be
+// the number to[i], and goes nowhere. Gives the first matrix that is not, or -1.
+int64_t packed_place(int64_t count, const char *from, const int64_t *offsets, const int64_t *to, const int64_t *rows,
+                     const int64_t *columns, const int64_t *sizes) {
+    for (int64_t index = 0; index < count; index++) {
+        const char *matrix = from + offsets[index];
+        const int64_t height = rows[index], width = columns[index];
+        if (!sizes[index]) {
+            uint32_t differ = 0, word;
+            for (int64_t at = 0; at < height * width; at++) {
+                memcpy(&word, matrix + 4 * at, 4);
+                differ |= word ^ (uint32_t)to[index];
+            }
+            if (differ) return index;
+            continue;
+        }
+        const int64_t piece = BLOCK * sizes[index];
+        for (int64_t block = 0; block < width / BLOCK; block++) {
+            char *out = (char *)to[index] + block * height * piece;
+            const char *in = matrix + block * piece;
+            if (sizes[index] == 4) // a length known when compiled: no call for each row
+                for (int64_t row = 0; row < height; row++) memcpy(out + row * 128, in + row * width * 4, 128);
+            else
+                for (int64_t row = 0; row < height; row++) memcpy(out + row * 64, in + row * width * 2, 64);
+        }
+    }
+    return -1;
+}

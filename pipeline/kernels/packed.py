@@ -1,0 +1,222 @@
+"""Products with packed integer weights: the native kernels where they can be had, and the same in torch.
+
+The layout (`packed.c` says why): a layer of K inputs and N outputs is `codes` int32 [N / 32, K * bits / 32, 32] and
+`scales` float16 [N / 32, K / group_size, 32]; the experts of a layer are stacked in front. Weights are symmetric:
+`weight = (code - 2 ** (bits - 1)) * scale`, and exact: only what comes out is rounded to the type of what went in.
+"""
+# pyright: basic
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pipeline.kernels.native import native
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+BLOCK = 32  # outputs that lie together
+_WORD_BITS = 32
+_SOURCE = Path(__file__).with_name("packed.c")
+_EXPERTS_AT_ONCE = 32  # that the torch path dequantizes together: bounds its memory
+
+
+class PackedWeight(NamedTuple):
+    """A quantized linear layer, or a stack of equal ones."""
+
+    codes: Tensor
+    scales: Tensor
+    bits: int
+
+    @property
+    def num_outputs(self) -> int:
+        return self.codes.shape[-3] * BLOCK
+
+    @property
+    def num_inputs(self) -> int:
+        return self.codes.shape[-2] * _WORD_BITS // self.bits
+
+    @property
+    def group_size(self) -> int:
+        return self.num_inputs // self.scales.shape[-2]
+
+    def __getitem__(self, index: Any) -> PackedWeight:
+        """Those experts of a stack."""
+        return PackedWeight(self.codes[index], self.scales[index], self.bits)
+
+
+def in_blocks(matrix: Tensor) -> Tensor:
+    """[..., R, N] as [..., N / 32, R, 32]: a matrix of the checkpoint (`qweight`, `scales`) in the kernels' order."""
+    return matrix.unflatten(-1, (-1, BLOCK)).transpose(-3, -2).contiguous()
+
+
+def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """The weights [..., N, K]: exact in float32, rounded once to anything smaller."""
+    import torch
+
+    bits = weight.bits
+    shifts = torch.arange(0, _WORD_BITS, bits, dtype=torch.int32, device=weight.codes.device)
+    values = (weight.codes.unsqueeze(-2) >> shifts.unsqueeze(-1)) & ((1 << bits) - 1)  # [..., word, in the word, 32]
+    values = values.flatten(-3, -2).unflatten(-2, (-1, weight.group_size)) - (1 << (bits - 1))
+    scaled = values * weight.scales.float().unsqueeze(-2)
+    return scaled.flatten(-3, -2).transpose(-2, -1).flatten(-3, -2).to(dtype)
+
+
+def linear(x: Tensor, weight: PackedWeight) -> Tensor:
+    """x [..., K] times the layer: [..., N] in the type of x, which is any floating one."""
+    import torch
+
+    library = _library() if x.device.type == "cpu" else None
+    if library is None or not x.numel():
+        return torch.nn.functional.linear(x, dequantize(weight, x.dtype))
+    rows = _rows(library, x.reshape(-1, weight.num_inputs))
+    out = torch.empty(len(rows), weight.num_outputs, dtype=rows.dtype)
+    failed = library.packed_linear(
+        _described(weight),
+        rows.data_ptr(),
+        len(rows),
+        out.data_ptr(),
+        rows.dtype == torch.bfloat16,
+        torch.get_num_threads(),
+    )
+    _check(failed)
+    return out.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
+    """The routed experts of a layer: for each token the sum of `weight * down(silu(gate(x)) * up(x))` over its choice.
+
+    x [T, H] in any floating type; `chosen` int64 and `weights` [T, top_k]; `gate_up` [E, gate and then up, H]; gives
+    [T, H] in the type of x. An expert number outside 0 .. E - 1 counts for nothing.
+    """
+    import torch
+
+    library = _library() if x.device.type == "cpu" else None
+    if library is None or not x.numel():
+        return _experts_in_torch(x, chosen, weights, gate_up, down)
+    rows, top_k = _rows(library, x), chosen.shape[-1]
+    chosen, weights = chosen.to(torch.int64).contiguous(), weights.to(torch.float32).contiguous()
+    out = torch.empty_like(rows)
+    failed = library.packed_experts(
+        _described(gate_up),
+        _described(down),
+        rows.data_ptr(),
+        len(rows),
+        chosen.data_ptr(),
+        weights.data_ptr(),
+        top_k,
+        len(gate_up.codes),
+        out.data_ptr(),
+        rows.dtype == torch.bfloat16,
+        torch.get_num_threads(),
+    )
+    _check(failed)
+    return out.to(x.dtype)
+
+
+def _experts_in_torch(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
+    import torch
+    from torch.nn.functional import linear, silu
+
+    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    hit = torch.unique(chosen[(chosen >= 0) & (chosen < len(gate_up.codes))])
+    for together in hit.split(_EXPERTS_AT_ONCE):
+        into, out_of = dequantize(gate_up[together], x.dtype), dequantize(down[together], x.dtype)
+        for place, expert in enumerate(together.tolist()):
+            tokens, choice = torch.where(chosen == expert)
+            gate, up = linear(x[tokens], into[place]).chunk(2, dim=-1)
+            answer = linear(silu(gate) * up, out_of[place])
+            total.index_add_(0, tokens, answer.float() * weights[tokens, choice].float().unsqueeze(-1))
+    return total.to(x.dtype)
+
+
+def place(staged: Tensor, offsets: Tensor, targets: Tensor, rows: Tensor, columns: Tensor, sizes: Tensor) -> int | None:
+    """Copy matrices out of raw bytes into blocks of 32 columns; the first matrix at fault, if any.
+
+    Each argument but `staged` (uint8) is int64 [count]: where a matrix begins, the address it goes to, its sides and
+    the bytes of an element, 4 or 2. Size 0 stands for a matrix of words that must all be the number in `targets`.
+    """
+    arguments = (staged, offsets, targets, rows, columns, sizes)
+    library = _library()
+    if library is None:
+        return _place_in_torch(*arguments)
+    at = library.packed_place(len(offsets), *(tensor.data_ptr() for tensor in arguments))
+    return None if at < 0 else at
+
+
+def _place_in_torch(staged: Tensor, *lists: Tensor) -> int | None:
+    import torch
+
+    for index, (offset, target, rows, columns, size) in enumerate(zip(*map(torch.Tensor.tolist, lists), strict=True)):
+        matrix = staged[offset : offset + rows * columns * (size or 4)].view(torch.int16 if size == 2 else torch.int32)
+        if size:
+            blocks = in_blocks(matrix.view(rows, columns))
+            ctypes.memmove(target, blocks.data_ptr(), blocks.nbytes)
+        elif not (matrix == target).all():
+            return index
+    return None
+
+
+def kernel_in_use() -> str:
+    """What computes on the CPU, for people."""
+    library, reason = native(_SOURCE)
+    if library is None:
+        return f"torch, much slower than native code: {reason}"
+    return "native code with bfloat16 products" if library.packed_has_bf16() else "native code in float32"
+
+
+class _Packed(ctypes.Structure):
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("outputs", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
+        ("bits", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+    )
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    library = native(_SOURCE).library
+    if library is None:
+        return None
+    layer, pointer, number, switch = ctypes.POINTER(_Packed), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.packed_linear.argtypes = (layer, pointer, number, pointer, switch, switch)
+    library.packed_experts.argtypes = (
+        *(layer, layer, pointer, number, pointer, pointer),
+        *(number, number, pointer, switch, switch),
+    )
+    library.packed_place.argtypes = (number, *[pointer] * 6)
+    library.packed_place.restype = number
+    return library
+
+
+def _described(weight: PackedWeight) -> Any:
+    return ctypes.byref(
+        _Packed(
+            weight.codes.data_ptr(),
+            weight.scales.data_ptr(),
+            weight.num_outputs,
+            weight.num_inputs,
+            weight.bits,
+            weight.group_size,
+        )
+    )
+
+
+def _rows(library: ctypes.CDLL, x: Tensor) -> Tensor:
+    """In the type that the kernel computes on."""
+    import torch
+
+    has_bf16 = x.dtype == torch.bfloat16 and library.packed_has_bf16()
+    return x.to(torch.bfloat16 if has_bf16 else torch.float32).contiguous()
+
+
+def _check(failed: int) -> None:
+    if failed:
+        raise MemoryError("no memory for the activations of packed layers")

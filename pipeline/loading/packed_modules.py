@@ -1,0 +1,78 @@
+"""Modules whose weights stay packed: they take the place of transformers' own in a model that it built."""
+# pyright: basic
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor, nn
+
+from pipeline.kernels.packed import PackedWeight, experts, linear
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+
+class QuantizedLinear(nn.Module):
+    """In place of `nn.Linear`."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, weight: PackedWeight, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bits = weight.num_inputs, weight.num_outputs, weight.bits
+        self.register_buffer("codes", weight.codes)
+        self.register_buffer("scales", weight.scales)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = linear(x, PackedWeight(self.codes, self.scales, self.bits))
+        return out if self.bias is None else out + self.bias
+
+
+class QuantizedExperts(nn.Module):
+    """In place of the routed experts of a layer, on whatever device they lie: only hidden states cross."""
+
+    gate_up_codes: Tensor
+    gate_up_scales: Tensor
+    down_codes: Tensor
+    down_scales: Tensor
+
+    def __init__(self, gate_up: PackedWeight, down: PackedWeight) -> None:
+        super().__init__()
+        self.gate_up_bits, self.down_bits = gate_up.bits, down.bits
+        self.register_buffer("gate_up_codes", gate_up.codes)
+        self.register_buffer("gate_up_scales", gate_up.scales)
+        self.register_buffer("down_codes", down.codes)
+        self.register_buffer("down_scales", down.scales)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        gate_up = PackedWeight(self.gate_up_codes, self.gate_up_scales, self.gate_up_bits)
+        down = PackedWeight(self.down_codes, self.down_scales, self.down_bits)
+        return _elsewhere(hidden_states, top_k_index, top_k_weights, gate_up, down)
+
+
+class ExpertSource(Protocol):
+    """Where experts that are not kept in memory come from."""
+
+    def layer(self, place: int) -> AbstractContextManager[tuple[PackedWeight, PackedWeight]]:
+        """The gate and up, and the down projections of a layer, valid within the block."""
+        ...
+
+
+class StreamedExperts(nn.Module):
+    """The same with weights that are read anew for every pass, all tokens of which pay for it together."""
+
+    def __init__(self, source: ExpertSource, place: int) -> None:
+        super().__init__()
+        self._source, self._place = source, place
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        with self._source.layer(self._place) as (gate_up, down):
+            return _elsewhere(hidden_states, top_k_index, top_k_weights, gate_up, down)
+
+
+def _elsewhere(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
+    device = gate_up.codes.device
+    return experts(x.to(device), chosen.to(device), weights.to(device), gate_up, down).to(x.device)
