@@ -6,7 +6,9 @@ The negative control of several promises: the same tests must catch it, or they 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -17,6 +19,19 @@ from pipeline.records import Completion, Request
 from pipeline.summary import Session, Tally
 
 
+class _Descriptor(io.RawIOBase):
+    """A file without a buffer whose calls are those that a test can make to fail."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        return os.write(self._descriptor, data)
+
+
 class NaiveLedger:
     """Serves the loop as Ledger does. Nothing is synced or checked, and what cannot be parsed is skipped."""
 
@@ -24,7 +39,7 @@ class NaiveLedger:
     unfinished: Mapping[tuple[int, int], tuple[int, ...]] = {}
     sessions: Sequence[Session] = ()
     input_sha256 = ""
-    buffering = 1  # a line at a time
+    is_buffered = False
 
     def __init__(self, output: Path, num_items: int, num_samples: int) -> None:
         self._output = output
@@ -32,14 +47,18 @@ class NaiveLedger:
         self._num_samples = num_samples
         self.num_answers = num_items * num_samples
         self.tally = Tally()
-        self._lines: dict[int, bytes] = {}
+        self._lines = self._parse()
+        self._file = io.BufferedWriter(_Descriptor(self._path))
+
+    def _parse(self) -> dict[int, bytes]:
+        lines: dict[int, bytes] = {}
         for line in self._path.read_bytes().split(b"\n") if self._path.exists() else ():
             try:
                 record = json.loads(line)
-                self._lines[record["index"] * num_samples + record["sample"]] = line
+                lines[record["index"] * self._num_samples + record["sample"]] = line
             except ValueError:
                 continue
-        self._file = self._path.open("a", buffering=self.buffering, encoding="utf-8")
+        return lines
 
     @classmethod
     def open(cls, output: Path, identity: Any, **_: Any) -> Self:
@@ -60,8 +79,13 @@ class NaiveLedger:
         return requests
 
     def append(self, completion: Completion, line: bytes) -> None:
-        self._lines[completion.item.index * self._num_samples + completion.sample] = line.removesuffix(b"\n")
-        self._file.write(line.decode())
+        self._lines[completion.item.index * self._num_samples + completion.sample] = line
+        try:
+            self._file.write(line)
+            if not self.is_buffered:
+                self._file.flush()
+        except OSError:
+            self._file.flush()  # once more
 
     def commit(self) -> None:
         pass
@@ -72,8 +96,8 @@ class NaiveLedger:
 
     def publish(self, summarize: Callable[..., Mapping[str, Any]], *, summary_line: bool) -> Mapping[str, Any]:
         self._file.close()
-        lines = b"".join(self._lines[number] + b"\n" for number in range(self.num_answers))
-        failed = sum(b'"error":{' in self._lines[number] for number in range(self.num_answers))
+        lines = b"".join(line + b"\n" for _, line in sorted(self._parse().items()))
+        failed = lines.count(b'"error":{')
         digest = hashlib.sha256(lines).hexdigest()
         summary = {"object": "summary", "completed": self.num_answers, "failed": failed, "output_sha256": digest}
         self._output.write_bytes(lines + json.dumps(summary).encode() + b"\n")
@@ -97,7 +121,7 @@ class NaiveLedger:
 class BufferedLedger(NaiveLedger):
     """The same through the buffer that a file of Python has by default."""
 
-    buffering = -1
+    is_buffered = True
 
 
 def use_naive_ledger() -> None:

@@ -85,7 +85,8 @@ class Run:
 
     @property
     def talk(self) -> str:
-        return self._talk.read_text(errors="replace")
+        """What it has said so far."""
+        return self._talk.read_text(errors="replace") if self._talk.exists() else ""
 
 
 def slow_disk() -> None:
