@@ -51,7 +51,7 @@ class Trials:
             if caught >= max(2, 20 * SCALE):
                 break
         self.controls[name] = [caught, tried]
-        return caught >= 0.1 * tried
+        return caught >= 2
 
 
 def chances(count: int) -> Iterator[random.Random]:
