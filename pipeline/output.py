@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 
 from pydantic_core import to_json
 
+from pipeline.compression import DamagedStreamError, decompressing
 from pipeline.errors import DataError, NotFoundError, Problem
 from pipeline.records import Completion, Item, ItemError, Timing, Usage
 
@@ -106,12 +107,18 @@ def read_results(path: Path | str) -> Iterator[dict[str, Any]]:
 
     try:
         # As bytes, so that a line ends with a line end and nothing else.
-        with Path(path).open("rb") as file, jsonlines.Reader(file) as reader:
+        with (
+            Path(path).open("rb") as raw,
+            decompressing(raw, Path(path).name) as file,
+            jsonlines.Reader(file) as reader,
+        ):
             for record in cast("Iterator[dict[str, Any]]", reader.iter(type=dict)):
                 if record.get("object") != "summary":
                     yield record
     except jsonlines.InvalidLineError as error:
         reason = f"this is no record of an output: {error.__cause__ or 'it is no JSON object'}"
         raise DataError(Problem(reason, file=str(path), line=error.lineno)) from None
+    except DamagedStreamError as error:
+        raise DataError(Problem(str(error), file=str(path))) from None
     except OSError as error:
         raise NotFoundError(Problem(f"cannot be read: {error.strerror}", file=str(path))) from None

@@ -80,23 +80,6 @@ def test_chunks_are_the_decompressed_bytes_and_progress_the_bytes_on_disk(tmp_pa
     assert len(read) > 2
 
 
-def _cut(data: bytes) -> bytes:
-    return data[:-20]
-
-
-def _flip(data: bytes) -> bytes:
-    return data[:-6] + bytes([data[-6] ^ 1]) + data[-5:]
-
-
-@pytest.mark.parametrize("damage", [_cut, _flip, lambda data: data + b"garbage", lambda _: b'{"prompt": "plain"}\n'])
-def test_damaged_gzip_is_refused_with_its_name(tmp_path: Path, damage) -> None:
-    path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(damage(gzip.compress(os.urandom(1000))))
-    (file,) = expand_inputs([str(path)])
-    with pytest.raises(DataError, match=r"a\.jsonl\.gz: is cut short, damaged, or no gzip"):
-        list(read_chunks(file, CHUNK_BYTES))
-
-
 def test_a_file_changed_since_it_was_first_seen_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"0123456789")

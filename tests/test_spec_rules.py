@@ -41,7 +41,7 @@ def test_the_least_job_breaks_nothing() -> None:
         ({"output.path": "runs/"}, "output.path", "is a directory"),
         ({"output.path": "."}, "output.path", "is a directory"),
         ({"input.template": "{a"}, "input.template", "line 1, column 1 of the template"),
-        ({"input.path": ["a.jsonl", "B.JSONL.ZST"]}, "input.path", ".ZST is not available yet"),
+        ({"input.path": ["a.jsonl", "B.PARQUET"]}, "input.path", ".PARQUET is not available yet"),
         ({"input.path": "a.parquet"}, "input.path", ".parquet is not available yet"),
     ],
 )

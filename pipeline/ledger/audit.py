@@ -13,6 +13,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
+from pipeline.compression import DamagedStreamError, decompressing
 from pipeline.errors import DataError, Problem
 from pipeline.ledger.files import RunPaths
 from pipeline.ledger.history import History, Published, begin_history
@@ -148,6 +149,8 @@ class Audit:
             else:
                 tail = summary_bytes(published.summary) if summary_line else b""
                 self._compare(published, lines, tail)
+        except DamagedStreamError as error:
+            self._tell(Problem(str(error), file=str(output)))
         except OSError as error:
             self._tell(Problem(f"cannot be read: {error.strerror}", file=str(output)))
 
@@ -157,7 +160,7 @@ class Audit:
         digest = hashlib.sha256()
         answers = ""
         offset, line = 0, 1
-        with output.open("rb") as file:
+        with output.open("rb") as raw, decompressing(raw, output.name) as file:
             for expected in chain(lines.read_in_order(), (b"",), (tail,)):
                 if not expected:
                     answers = digest.hexdigest()
@@ -173,7 +176,7 @@ class Audit:
             if file.read(1):
                 self._tell(Problem(f"goes on after byte {offset}, where it was to end", file=str(output), line=line))
                 return
-        if digest.hexdigest() != published.sha256 or answers != published.summary.get("output_sha256"):
+        if sha256_of(output) != published.sha256 or answers != published.summary.get("output_sha256"):
             message = "names another SHA-256 than that of the output, whose bytes are the run's answers"
             self._tell(Problem(message, file=str(self._paths.journal)))
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
+from pipeline.compression import compressed
 from pipeline.errors import OutputError, Problem
 from pipeline.ledger.files import Files, GrowingFile, Patience, RunPaths, place_new, writing
 from pipeline.ledger.history import Published
@@ -29,29 +30,49 @@ def write_output(
 ) -> Published:
     """Write `lines` and, if asked for, the summary as last line to a nameless file, synced and ready to be placed.
 
-    `summarize` is given the hexadecimal SHA-256 of all lines before the summary's. Raises WriteError.
+    A name that ends with .gz, .bz2, .xz or .zst asks for that compression. `summarize` is given the hexadecimal SHA-256
+    of all lines before the summary's, uncompressed; the digest returned is that of the file. Raises WriteError.
     """
     with _Unpublished(files, patience, paths) as file:
+        content = _Content(lines, summarize, summary_line=summary_line)
         digest = hashlib.sha256()
-
-        def write(data: bytes) -> None:
+        for data in compressed(content, paths.output.name):
             digest.update(data)
             file.append(data)
-
-        waiting: list[bytes] = []
-        waiting_bytes = 0
-        for data in lines:
-            waiting.append(data)
-            waiting_bytes += len(data)
-            if waiting_bytes >= _WRITE_BYTES:
-                write(b"".join(waiting))
-                waiting, waiting_bytes = [], 0
-        write(b"".join(waiting))
-        summary = summarize(digest.hexdigest())
-        if summary_line:
-            write(summary_bytes(summary))
         file.sync()
-        return Published(digest.hexdigest(), file.size, summary)
+        assert content.summary is not None
+        return Published(digest.hexdigest(), file.size, content.summary)
+
+
+class _Content:
+    """What the output holds, in pieces of about a mebibyte; `summary` is known when the last line has been drawn."""
+
+    def __init__(self, lines: Iterable[bytes], summarize: Summarize, *, summary_line: bool) -> None:
+        self._lines = lines
+        self._summarize = summarize
+        self._summary_line = summary_line
+        self.summary: Mapping[str, Json] | None = None
+
+    def __iter__(self) -> Iterator[bytes]:
+        digest = hashlib.sha256()
+        for piece in _gathered(self._lines):
+            digest.update(piece)
+            yield piece
+        self.summary = self._summarize(digest.hexdigest())
+        if self._summary_line:
+            yield summary_bytes(self.summary)
+
+
+def _gathered(lines: Iterable[bytes]) -> Iterator[bytes]:
+    waiting: list[bytes] = []
+    waiting_bytes = 0
+    for data in lines:
+        waiting.append(data)
+        waiting_bytes += len(data)
+        if waiting_bytes >= _WRITE_BYTES:
+            yield b"".join(waiting)
+            waiting, waiting_bytes = [], 0
+    yield b"".join(waiting)
 
 
 def place_output(files: Files, paths: RunPaths, ours: Collection[str]) -> None:

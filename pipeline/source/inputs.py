@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import glob
-import gzip
 import os
-import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO
 
+from pipeline.compression import DamagedStreamError, decompressing
 from pipeline.errors import DataError, NotFoundError, Problem, SpecError
 
 CHUNK_BYTES = 1 << 20  # larger is no faster
@@ -81,11 +80,10 @@ def _reading(file: InputFile) -> Generator[tuple[IO[bytes], IO[bytes]]]:
     try:
         with file.path.open("rb", buffering=0) as raw:
             _refuse_changed(file, raw)
-            compressed = file.path.suffix.lower() == ".gz"
-            yield raw, cast("IO[bytes]", gzip.GzipFile(fileobj=raw)) if compressed else raw
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        message = f"is cut short, damaged, or no gzip data at all: {error}"
-        raise DataError(Problem(message, file=str(file.path))) from None
+            with decompressing(raw, file.path.name) as stream:
+                yield raw, stream
+    except DamagedStreamError as error:
+        raise DataError(Problem(str(error), file=str(file.path))) from None
     except OSError as error:
         raise NotFoundError(Problem(f"cannot be read: {error.strerror}", file=str(file.path))) from None
 

@@ -168,7 +168,7 @@ class TemplateFile(Section):
 class InputSpec(Section):
     """Where the prompts come from, and how a line becomes one."""
 
-    path: Paths = Field(description="A JSONL file, a glob, or a list of these; plain or .gz.")
+    path: Paths = Field(description="A JSONL file, a glob, or a list of these; plain, .gz, .bz2, .xz or .zst.")
     format: Literal["auto", "prompt", "messages", "openai-batch"] = Field(
         default="auto", description="What a line holds; auto decides line by line."
     )
@@ -260,7 +260,10 @@ class BatchSpec(Section):
 class OutputSpec(Section):
     """Where the answers go and what a line of them holds."""
 
-    path: FilePath = Field(description="The JSONL file to publish; the files of the run stand beside it.")
+    path: FilePath = Field(
+        description="The JSONL file to publish, compressed if it ends with .gz, .bz2, .xz or .zst; the files "
+        "of the run stand beside it."
+    )
     format: Literal["native", "openai-batch"] = Field(default="native", description="Shape of a line.")
     keep_fields: Literal["all", "none"] | Texts = Field(
         default="all", description="Which fields of the input line its answer repeats: all, none, or a list of names."

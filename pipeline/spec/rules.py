@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import PurePath
 
+from pipeline.compression import missing_library
 from pipeline.spec.keys import EchoSpec, JobSpec, job_keys, value_of
 from pipeline.spec.template import check_template
 from pipeline.spec.units import format_duration
@@ -27,7 +28,7 @@ NOT_YET: dict[str, tuple[object, ...] | None] = {
     "run.metrics": None,  # Prometheus textfile
     "run.on_finish": None,  # notification
 }
-NOT_YET_SUFFIXES = (".bz2", ".xz", ".zst", ".parquet")  # of input.path
+NOT_YET_SUFFIXES = (".parquet",)  # of input.path
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +58,21 @@ def broken_rules(spec: JobSpec) -> Iterator[Broken]:
         value, default = value_of(spec, key), job_keys()[key].get_default()
         if value in refused if refused is not None else value != default:
             yield Broken(key, f"not available yet; leave it out or set it to {_written(default)}", (key,))
-    for path in spec.input.path:
-        if path.lower().endswith(NOT_YET_SUFFIXES):
-            message = f"{path}: {PurePath(path).suffix} is not available yet; give plain or .gz JSONL"
-            yield Broken("input.path", message, ("input.path",))
+    yield from _unreadable_kinds(spec)
     if isinstance(spec.input.template, str):
         for message in check_template(spec.input.template):
             yield Broken("input.template", message, ("input.template",))
+
+
+def _unreadable_kinds(spec: JobSpec) -> Iterator[Broken]:
+    """Names that ask for a format or compression that cannot be had here."""
+    for path in spec.input.path:
+        if path.lower().endswith(NOT_YET_SUFFIXES):
+            message = f"{path}: {PurePath(path).suffix} is not available yet; give JSONL"
+            yield Broken("input.path", message, ("input.path",))
+    for key, path in (*(("input.path", path) for path in spec.input.path), ("output.path", spec.output.path)):
+        if lacking := missing_library(path):
+            yield Broken(key, f"{path}: {lacking}", (key,))
 
 
 def _written(value: object) -> str:
