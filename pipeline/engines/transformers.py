@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.engines.padded import PaddedEngine
 from pipeline.engines.slot_cache import NotServedError
 from pipeline.engines.slots import SlotEngine
+from pipeline.loading.quiet import quiet_libraries
 from pipeline.records import Engine
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def open_engine(
         engine = SlotEngine(
             model, tokenizer, thinking=thinking, slots=slots, cache_tokens=cache_tokens, window=slots, report=report
         )
-        difference, rounding = engine.self_check()
+        with quiet_libraries():  # a layer says at its first step which of its kernels are not installed
+            difference, rounding = engine.self_check()
         if difference <= rounding:
             return engine
         why = f"packed, its scores differ from its own by {difference:.0%} of their spread"
