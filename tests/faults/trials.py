@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 # Of the counts that docs/reliability.md promises for a full run.
-SCALE = float(os.environ.get("FAULT_SCALE", "0.05"))
+SCALE = float(os.environ.get("FAULT_SCALE", "0.02"))
 FIRST_SEED = int(os.environ.get("FAULT_SEED", "0"))
 
 
