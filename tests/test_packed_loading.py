@@ -179,6 +179,16 @@ def test_experts_and_the_rest_lie_where_the_plan_says(directory: Path) -> None:
     assert not any(type(module).__name__ == "QuantizedLinear" for module in model.modules())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("on_gpu", [0, 2, 4])
+def test_on_a_gpu_the_scores_are_the_same(directory: Path, on_gpu: int) -> None:
+    wanted = scores(load_model(plan_of(directory)).model)
+    loaded = load_model(plan_of(directory, device="cuda:0", num_expert_layers_on_gpu=on_gpu))
+    with torch.inference_mode():
+        found = loaded.model(torch.arange(60, device="cuda:0").view(3, 20)).logits.cpu()
+    assert (found - wanted).abs().max() < 1e-3 * wanted.std()
+
+
 def test_zero_points_that_are_not_symmetric_are_refused(tmp_path: Path) -> None:
     made = make_checkpoint(tmp_path, CONFIGS["qwen3-moe"])
     tensors = load_file(made / "model.safetensors")

@@ -45,7 +45,7 @@ def load_packed(
     loading.make_room()
     with _bar(loading.num_bytes, shown=show_progress) as progress:
         read_tensors(loading.wanted, progress)
-    loading.finish()
+        loading.finish(progress)
     if (checkpoint.directory / GENERATION_CONFIG).exists():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
     return model.eval(), loading.info
@@ -99,7 +99,7 @@ class _Loading:
         self.wanted: list[Wanted] = []
         self.info: dict[str, set[str]] = {"missing_keys": set(), "mismatched_keys": set(), "unexpected_keys": set()}
         self._unpack: dict[str, PackedWeight] = {}
-        self._move: list[str] = []
+        self._for_gpu: dict[str, tuple[WeightShape, WeightShape]] = {}
 
     @property
     def num_bytes(self) -> int:
@@ -136,11 +136,12 @@ class _Loading:
             layer = Layer((gate_up, down), lambda weights: list(self._expert_matrices(name, weights)))
             self._model.set_submodule(name, StreamedExperts(self._stream, self._stream.add(layer)))
             return
+        if self._device.type != "cpu" and place < self._plan.num_expert_layers_on_gpu:
+            self._for_gpu[name] = gate_up, down
+            return
         weights = gate_up.new(), down.new()
         self.wanted += self._expert_matrices(name, weights)
         self._model.set_submodule(name, QuantizedExperts(*weights))
-        if self._device.type != "cpu" and place < self._plan.num_expert_layers_on_gpu:
-            self._move.append(name)
 
     def _is_streamed(self, place: int) -> bool:
         """Streamed layers are spread evenly over those that are not on a GPU: reading has the time of the others."""
@@ -186,7 +187,10 @@ class _Loading:
         from torch import nn
 
         self._model.tie_weights()
+        later = tuple(f"{name}." for name in self._for_gpu)
         for name, parameter in list(self._model.named_parameters()):
+            if name.startswith(later):
+                continue
             sources = list(self._sources(name, parameter))
             if not sources:
                 self.info["missing_keys"].add(name)
@@ -219,25 +223,29 @@ class _Loading:
                 if key in self._stored:
                     yield key, (expert, rows)
 
-    def finish(self) -> None:
-        """Bring everything to its device."""
+    def finish(self, progress: Callable[[int], object]) -> None:
+        """Bring everything to its device; experts for a GPU layer by layer, so that the host never holds them all."""
         if self._device.type == "cpu":
             return
         from torch import nn
 
         from pipeline.loading.packed_modules import QuantizedExperts
 
-        on_host = {name for name, module in self._model.named_modules() if isinstance(module, QuantizedExperts)} - set(
-            self._move
-        )
+        on_host = {name for name, module in self._model.named_modules() if isinstance(module, QuantizedExperts)}
+        for name, (gate_up, down) in self._for_gpu.items():
+            weights = gate_up.new(), down.new()
+            read_tensors(self._expert_matrices(name, weights), progress)
+            self._model.set_submodule(name, QuantizedExperts(*map(self._on_device, weights)))
         for name, weight in self._unpack.items():
-            moved = PackedWeight(weight.codes.to(self._device), weight.scales.to(self._device), weight.bits)
-            unpacked = dequantize(moved, self._model.dtype)
+            unpacked = dequantize(self._on_device(weight), self._model.dtype)
             self._model.get_submodule(name).weight = nn.Parameter(unpacked, requires_grad=False)
         for name, module in self._model.named_modules():
             if name not in on_host:
                 _move_own(module, self._device)
         self._model.tie_weights()
+
+    def _on_device(self, weight: PackedWeight) -> PackedWeight:
+        return PackedWeight(weight.codes.to(self._device), weight.scales.to(self._device), weight.bits)
 
 
 def _move_own(module: Any, device: torch.device) -> None:

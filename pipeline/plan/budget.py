@@ -108,6 +108,8 @@ def _loading_bytes(facts: ModelFacts, placement: Placement) -> int:
         staging = _STAGING_BYTES
         if placement.device == "gpu":  # what is unpacked there comes packed
             staging += sum(part.packed_bytes for part in facts.loaded_parts if part.name != EXPERTS)
+        if placement.num_expert_layers_on_gpu:
+            staging += expert_layer_bytes(facts, placement)
         return staging
     stock_experts = placement.form == "stock" and facts.part(EXPERTS).packed_parameters
     return round(_STOCK_SURPLUS * sum(map(placement.bytes_of, facts.loaded_parts))) if stock_experts else 0

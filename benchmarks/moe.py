@@ -1,0 +1,92 @@
+"""Loading and batched decoding of a mixture of experts, ours or stock: a line of JSON for each figure.
+
+    python benchmarks/moe.py DIRECTORY [--stock] [--batches 1 8 64 256]
+
+Decoding is what a longer run takes beyond a shorter one, so that prefill and warm-up cancel out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.facts.model_facts import read_facts
+from pipeline.loading import load_model
+from pipeline.plan.plan import make_plan
+from pipeline.probe import probe_machine
+from pipeline.records import Item, Request, Settings
+from pipeline.spec.keys import JobSpec
+
+_PROMPT_TOKENS = 8
+_FEW, _MANY = 2, 8  # new tokens of the shorter and the longer run
+
+
+def _requests(batch: int, num_tokens: int) -> list[Request]:
+    settings = Settings(max_new_tokens=num_tokens, ignore_eos=True)
+    prompts = [tuple((7 * row + place) % 500 for place in range(_PROMPT_TOKENS)) for row in range(batch)]
+    return [
+        Request(item=Item(index=row, file="", line=row + 1, offset=0), sample=0, token_ids=ids, settings=settings)
+        for row, ids in enumerate(prompts)
+    ]
+
+
+def _ours(model: Any, tokenizer: Any, batch: int) -> Callable[[int], None]:
+    from pipeline.engines.transformers import open_engine
+
+    engine = open_engine(model, tokenizer, thinking=None, slots=max(2, batch), cache_tokens=batch * 32, report=print)
+    return lambda num_tokens: list(engine.generate(iter(_requests(batch, num_tokens)))) and None
+
+
+def _stock(model: Any, _tokenizer: Any, batch: int) -> Callable[[int], None]:
+    import torch
+
+    ids = torch.tensor([request.token_ids for request in _requests(batch, 1)])
+
+    def run(num_tokens: int) -> None:
+        with torch.inference_mode():
+            model.generate(ids, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, pad_token_id=0)
+
+    return run
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--stock", action="store_true")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64, 256])
+    given = parser.parse_args()
+    spec = JobSpec.model_validate(
+        {
+            "model": {"path": str(given.directory), "load_strategy": "no-gpu"},
+            "input": {"path": "none"},
+            "output": {"path": "none.jsonl"},
+            "generation": {"max_new_tokens": 32},
+        }
+    )
+    plan = make_plan(spec, probe_machine(), read_facts(given.directory))
+    loaded = load_model(replace(plan, weights="stock") if given.stock else plan)
+    loading = {"load_s": loaded.load_s, "weight_bytes": loaded.weight_bytes, "peak_bytes": loaded.peak_host_bytes}
+    print(json.dumps({"stock": given.stock, "dtype": plan.dtype} | loading), flush=True)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(given.directory)
+    for batch in given.batches:
+        run = (_stock if given.stock else _ours)(loaded.model, tokenizer, batch)
+        run(_FEW)
+        took = []
+        for num_tokens in (_FEW, _MANY):
+            began = time.perf_counter()
+            run(num_tokens)
+            took.append(time.perf_counter() - began)
+        rate = batch * (_MANY - _FEW) / (took[1] - took[0])
+        print(json.dumps({"batch": batch, "decode_tokens_per_s": round(rate, 2), "whole_s": took[1]}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
