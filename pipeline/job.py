@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
-_TOLD_DECISIONS = ("load strategy", "dtype", "weights", "slots")  # of the plan, at the start of a run
+_TOLD_DECISIONS = ("load strategy", "dtype", "weights", "experts", "slots")  # of the plan, at the start of a run
 _LIBRARIES = ("torch", "transformers", "auto-round", "tokenizers", "safetensors")
 
 

@@ -201,7 +201,7 @@ def _title(machine: Machine, facts: ModelFacts) -> str:
 
 def _why_device(placer: Placer, placement: Placement) -> str:
     if placement.device == "host":
-        return "the whole model is in host memory"
+        return "the model is in host memory" + ("; see experts" if placement.num_streamed_layers else ", all of it")
     gpu, shape = placer.machine.gpus[placer.gpu], placer.facts.architecture
     if not shape.num_experts:
         return f"the whole model is on the {gpu.name}"
