@@ -44,7 +44,7 @@ def test_prompts_in_small_parts_beside_others_give_the_same_answers(name: str) -
 def test_steps_are_as_few_as_the_tokens_allow_and_never_larger_than_said() -> None:
     sizes: list[int] = []
     model = tampered(lambda ids: sizes.append(ids.shape[1]))
-    requests = [request(index, [1] * 20, max_new_tokens=10, ignore_eos=True) for index in range(8)]
+    requests = [request(index, [1 + index] * 20, max_new_tokens=10, ignore_eos=True) for index in range(8)]
     answers(slots_of(model, slots=4, step_tokens=44), requests)
     assert sum(sizes) == 8 * (20 + 9)
     assert max(sizes) <= 44

@@ -62,14 +62,9 @@ class PackedModel:
             logits = self._model(**inputs).logits[0]
         return logits if trims else logits[places]
 
-    def copy(self, source: tuple[int, int], target: tuple[int, int], num_tokens: int) -> None:
-        """Give a sequence the first tokens of another: (slot, start of its room) of both."""
-        self.cache.copy(source[1], target[1], num_tokens)
-        self._states.copy(source[0], target[0])
-
     @property
     def is_recurrent(self) -> bool:
-        """Whether what a slot knows is a state, of which only the latest exists."""
+        """Whether what a slot knows is a state too, of which only the latest exists."""
         return bool(self._recurrent)
 
     @contextmanager

@@ -33,11 +33,6 @@ class RecurrentStates:
             pools[key] = state.new_zeros(self._num_slots, *state.shape[1:])
         pools[key][slots] = state.to(pools[key].dtype)
 
-    def copy(self, source: int, target: int) -> None:
-        """Give one slot the states of another."""
-        for pool in (*self.convolution.values(), *self.recurrent.values()):
-            pool[target] = pool[source]
-
 
 class StateView:
     """The states of some slots, in the form of transformers' cache as recurrent layers use it.

@@ -26,6 +26,10 @@ class Row:
         return self.request.item.index, self.request.sample
 
     @property
+    def prompt(self) -> tuple[int, ...]:
+        return self.request.token_ids
+
+    @property
     def num_known(self) -> int:
         """Tokens so far."""
         return self._num_prompt + len(self.reply.tokens)

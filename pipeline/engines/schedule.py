@@ -8,7 +8,7 @@ tail of a run is short; a shorter one may pass one that does not fit yet, but no
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Iterator
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -108,9 +108,6 @@ class Schedule(Generic[T]):
     def add(self, row: T) -> None:
         insort(self._waiting, row, key=_size)
 
-    def waiting(self) -> Iterator[T]:
-        return iter(self._waiting)
-
     def admit(self) -> list[Seat[T]]:
         """Give slots and room to those that wait, as far as both reach."""
         admitted: list[Seat[T]] = []
@@ -121,27 +118,26 @@ class Schedule(Generic[T]):
             admitted.append(seat)
         return admitted
 
-    def parts(self, budget: int, may_compute: Callable[[T], int] = lambda row: row.num_known) -> list[Part[T]]:
+    def parts(self, budget: int, held: Container[int] = ()) -> list[Part[T]]:
         """What to compute next: a token of each answer under way, then prompts up to `budget` tokens in all.
 
-        `may_compute` limits how many of a request's tokens may be computed yet. Empty only if nothing is live or
-        all are held back.
+        Slots that are `held` have to wait. Empty only if nothing is live or all are held.
         """
         alone = next((seat for seat in self.live.values() if seat.row.alone), None)
         decoding: list[Part[T]] = []
         beginning: list[Part[T]] = []
         for seat in self.live.values() if alone is None else (alone,):
+            if seat.slot in held:
+                continue
             left = seat.row.num_known - seat.computed
             if left == 1 and seat.computed:
                 decoding.append(Part(seat, seat.computed, seat.computed + 1))
             else:
-                beginning.append(Part(seat, seat.computed, min(seat.row.num_known, may_compute(seat.row))))
+                beginning.append(Part(seat, seat.computed, seat.row.num_known))
         budget = max(budget - len(decoding), 1)
         prefill: list[Part[T]] = []
         for part in sorted(beginning, key=lambda part: part.seat.row.num_known - part.begin):
             end = min(part.end, part.begin + budget)
-            if end <= part.begin:
-                continue
             prefill.append(Part(part.seat, part.begin, end))
             budget -= end - part.begin
             if budget <= 0:

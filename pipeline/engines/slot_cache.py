@@ -118,9 +118,12 @@ class SlotCache:
 
     def copy(self, source: int, target: int, num_tokens: int) -> None:
         """Copy the keys and values of so many tokens from one place of the pool to another."""
-        for pools in self._pools.values():
-            for pool in pools:
-                pool[target : target + num_tokens] = pool[source : source + num_tokens]
+        import torch
+
+        with torch.inference_mode():
+            for pools in self._pools.values():
+                for pool in pools:
+                    pool[target : target + num_tokens] = pool[source : source + num_tokens]
 
     def _pool(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if layer not in self._pools:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.engines import self_check
 from pipeline.engines.failures import NOT_FINITE, is_fatal, item_error, release_memory
 from pipeline.engines.packed_model import PackedModel
+from pipeline.engines.prefixes import Prefixes
 from pipeline.engines.row import Row
 from pipeline.engines.sampling import Sampler, stream_key
 from pipeline.engines.schedule import Part, Schedule, Seat
@@ -90,6 +91,7 @@ class SlotEngine:
     def _begin(self) -> None:
         self._in_flight = {}
         self._schedule: Schedule[Row] = Schedule(num_slots=self._slots, room_tokens=self._cache_tokens)
+        self._prefixes: Prefixes[Row] = Prefixes()
 
     def _take(self, requests: Iterator[Request]) -> Iterator[Completion]:
         """Let requests in until as many wait as may; answers that an earlier session finished are given at once."""
@@ -110,10 +112,15 @@ class SlotEngine:
             request, reply = seat.row.request, seat.row.reply
             key = stream_key(request.settings.seed, request.item.index, request.sample)
             self._sampler.assign(seat.slot, request.settings, key, request.token_ids, reply.tokens)
+            if not self._model.is_recurrent:
+                self._prefixes.add(seat)
         self._model.cache.resize(self._schedule.room_tokens)
 
     def _step(self) -> Generator[Completion | None]:
-        parts = self._schedule.parts(self._step_tokens)
+        for loan in self._prefixes.settle():
+            self._model.cache.copy(loan.lender.start, loan.borrower.start, loan.num_tokens)
+            loan.borrower.computed = loan.num_tokens
+        parts = self._schedule.parts(self._step_tokens, self._prefixes.held)
         for part in parts:
             part.seat.row.start()
         giving = [part.seat for part in parts if part.gives_token]
@@ -159,21 +166,26 @@ class SlotEngine:
         """Give a sequence its next token; the answer if that was the last."""
         row = seat.row
         if token < 0:
-            self._schedule.release(seat)
+            self._release(seat)
             return self._fail(row, NOT_FINITE)
         try:
             row.push(token)
             answer = row.completion() if row.reply.finish_reason else None
         except Exception as exception:  # noqa: BLE001 - its text cannot be made
-            self._schedule.release(seat)
+            self._release(seat)
             return self._fail(row, item_error(exception, row.num_known, row.num_most - row.num_known))
         row.alone = False
         if answer is None:
             return None
         del self._in_flight[row.key]
         self._grow()
-        self._schedule.release(seat)
+        self._release(seat)
         return answer
+
+    def _release(self, seat: Seat[Row]) -> None:
+        self._schedule.release(seat)
+        if not self._model.is_recurrent:
+            self._prefixes.remove(seat)
 
     def _begin_anew(self, parts: Sequence[Part[Row]], exception: Exception) -> Iterator[Completion]:
         """After a step failed: its sequences are computed again from their first token, fewer together or alone.
@@ -185,7 +197,7 @@ class SlotEngine:
         error = item_error(exception, *max((row.num_known, row.num_most - row.num_known) for row in rows))
         out_of_memory = error.type == "out_of_memory"
         for part in parts:
-            self._schedule.release(part.seat)
+            self._release(part.seat)
         if len(rows) == 1 and (not out_of_memory or num_tokens <= _LEAST_STEP_TOKENS):
             yield self._fail(rows[0], error)
             return

@@ -1,0 +1,126 @@
+"""What requests begin with alike is computed once, and the answers are those of each alone."""
+
+import copy
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.engines.prefixes import LEAST_SHARED_TOKENS, Prefixes
+from pipeline.engines.schedule import Schedule
+from tests.tiny_models import PACKED, answers, engine_of, prompts, request, tampered, texts, tiny_model
+
+SHARED = [7 + place % 60 for place in range(40)]
+
+
+@dataclass(eq=False)
+class Prompt:
+    """A request of this prompt and `answer` tokens more."""
+
+    prompt: tuple[int, ...]
+    answer: int
+    given: int = 0
+    alone: bool = False
+
+    @property
+    def num_known(self) -> int:
+        return len(self.prompt) + self.given
+
+    @property
+    def num_most(self) -> int:
+        return len(self.prompt) + self.answer
+
+
+alike = st.tuples(st.integers(1, 3), st.lists(st.integers(0, 1), max_size=24), st.integers(1, 6))
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 40), alike, st.booleans()), min_size=1, max_size=24))
+def test_everyone_comes_to_the_end_and_borrows_only_what_is_its_own_and_computed(
+    shapes: list[tuple[int, int, tuple[int, list[int], int], bool]],
+) -> None:
+    schedule: Schedule[Prompt] = Schedule(num_slots=5, room_tokens=600)
+    prefixes: Prefixes[Prompt] = Prefixes()
+    rows = [
+        Prompt((group,) * length + (first, *others), answer, alone=alone and length % 5 == 0)
+        for group, length, (first, others, answer), alone in shapes
+    ]
+    for row in rows:
+        schedule.add(row)
+    held_back: dict[int, tuple[int, ...]] = {}  # by slot: tokens whose keys and values its room holds
+    for _ in range(10_000):
+        for seat in schedule.admit():
+            prefixes.add(seat)
+            held_back[seat.slot] = ()
+        if not schedule.live:
+            break
+        for loan in prefixes.settle():
+            lender, borrower, count = loan.lender, loan.borrower, loan.num_tokens
+            assert schedule.live[lender.slot] is lender
+            assert schedule.live[borrower.slot] is borrower
+            assert borrower.computed == 0
+            assert LEAST_SHARED_TOKENS <= count < borrower.row.num_known
+            held_back[borrower.slot] = held_back[lender.slot][:count]
+            borrower.computed = count
+        parts = schedule.parts(30, prefixes.held)
+        assert parts, "someone can always go on"
+        for part in parts:
+            row, slot = part.seat.row, part.seat.slot
+            held_back[slot] += (row.prompt + (9,) * row.given)[part.begin : part.end]
+            part.seat.computed = part.end
+            assert held_back[slot] == (row.prompt + (9,) * row.given)[: part.end]
+            if part.gives_token:
+                row.given += 1
+                if row.given == row.answer:
+                    schedule.release(part.seat)
+                    prefixes.remove(part.seat)
+    assert [row.given for row in rows] == [row.answer for row in rows]
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_answers_of_prompts_that_begin_alike_are_those_of_each_alone(name: str) -> None:
+    tails = [[], *prompts(10, seed=6)]
+    requests = [
+        request(index, SHARED[: 40 - index % 3] + tail, max_new_tokens=4 + index % 9)
+        for index, tail in enumerate(tails)
+    ]
+    requests.append(replace(request(11, SHARED), generated=(3, 4, 5)))
+    whole = texts(answers(engine_of(tiny_model(name)), requests))
+    for slots, step_tokens in ((3, 16), (12, 512)):
+        found = answers(engine_of(tiny_model(name), engine="slots", slots=slots, step_tokens=step_tokens), requests)
+        assert texts(found) == whole
+
+
+def test_what_is_shared_is_computed_once() -> None:
+    sizes: list[int] = []
+    model = tampered(lambda ids: sizes.append(ids.shape[1]))
+    requests = [request(index, [*SHARED, index], max_new_tokens=3 + index, ignore_eos=True) for index in range(9)]
+    answers(engine_of(model, engine="slots", slots=3), requests)
+    assert sum(sizes) == len(SHARED) + 9 + sum(2 + index for index in range(9))
+
+
+def test_a_lender_that_fails_leaves_its_borrowers_their_answers() -> None:
+    def refuse(input_ids: torch.Tensor) -> None:
+        if (input_ids == 200).any():
+            raise RuntimeError("not this one")
+
+    # The longest is admitted first and so lends to all others.
+    requests = [request(0, [*SHARED, 200, *SHARED]), *(request(index, [*SHARED, index]) for index in range(1, 6))]
+    found = answers(engine_of(tampered(refuse), engine="slots", slots=6), requests)
+    assert found.pop((0, 0)).error
+    assert texts(found) == texts(answers(engine_of(tiny_model("llama")), requests[1:]))
+
+
+def test_what_is_borrowed_is_read() -> None:
+    """A control: with a lender whose keys and values are spoilt on the way, the borrowers answer otherwise."""
+    engine = engine_of(copy.deepcopy(tiny_model("llama")), engine="slots")
+    requests = [request(index, [*SHARED, index], max_new_tokens=6) for index in range(4)]
+    expected = texts(answers(engine, requests))
+    cache = engine._model.cache
+    cache.copy = lambda *_: None
+    for pools in cache._pools.values():
+        for pool in pools:
+            with torch.inference_mode():
+                pool.normal_()
+    assert texts(answers(engine, requests)) != expected
