@@ -10,6 +10,7 @@ the bad one had been synced: then the file was damaged later, and nothing may be
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import zlib
@@ -17,13 +18,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.errors import DataError, Problem
+from pipeline.errors import DataError, OvernightError, Problem, WriteError
 from pipeline.ledger.files import GrowingFile
 
 Record = dict[str, Any]
 
 _CRC_CHARS = 8
 _TAIL_BYTES = 1 << 16
+_WRONG_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP})
 
 
 def encode_line(record: Mapping[str, Any], synced: int) -> bytes:
@@ -119,9 +121,12 @@ def damaged(path: Path, what: str) -> DataError:
     return DataError(Problem(f"{what}; {advice}", file=str(path)))
 
 
-def unreadable(path: Path, error: OSError) -> DataError:
-    """The refusal of a file of the run that the system does not let us read."""
-    return damaged(path, f"cannot be read: {error.strerror}")
+def unreadable(path: Path, error: OSError) -> OvernightError:
+    """The refusal of a file of the run that cannot be read: not there, not ours, or not now."""
+    if error.errno in _WRONG_FILE:
+        return damaged(path, f"cannot be read: {error.strerror}")
+    message = f"cannot be read now: {error.strerror}; nothing is lost, and the same command goes on once it can"
+    return WriteError(Problem(message, str(path)))
 
 
 class Journal:

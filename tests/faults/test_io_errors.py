@@ -67,8 +67,7 @@ def refused(directory: Path, call: str, error: str, first: int, count: int, *pre
     output = job.with_name("out.jsonl")
     run = run_to_end(job, prepare=[short_patience, partial(refuse, call, error, first, count, output), *prepare])
     code = run.process.exitcode
-    # A file of the run that cannot be opened to be read is refused as damaged, and nothing of it is touched.
-    if code not in (3, 73, 74) and not (call == "open" and code == 65):
+    if code not in (3, 73, 74):
         return f"badly ended: exit code {code}: {run.talk}"
     if code == 3 and (problem := problem_with(job, code, run.talk)):
         return problem
