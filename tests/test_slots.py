@@ -229,3 +229,12 @@ def test_the_model_is_left_as_it_was() -> None:
 
 def opened(model: Any, reports: list[str]) -> Any:
     return open_engine(model, bytes_tokenizer(), thinking=None, slots=4, cache_tokens=400, report=reports.append)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3-next"])
+def test_one_slot_is_enough(name: str) -> None:
+    engine = open_engine(
+        tiny_model(name), bytes_tokenizer(), thinking=None, slots=1, cache_tokens=100, report=pytest.fail
+    )
+    requests = [request(index, prompt) for index, prompt in enumerate(prompts(3))]
+    assert texts(answers(engine, requests)) == texts(answers(engine_of(tiny_model(name)), requests))

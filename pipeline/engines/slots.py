@@ -51,7 +51,7 @@ class SlotEngine:
     ) -> None:
         self._own = model
         self._tokenizer = tokenizer
-        self._model = PackedModel(model, slots)
+        self._model = PackedModel(model, max(slots, 2))  # the self-check takes two
         self._vocabulary = vocabulary_of(model, tokenizer, thinking)
         self._sampler = Sampler(slots, self._model.vocabulary, self._model.device)
         self._slots = slots
