@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -213,12 +214,16 @@ def schema() -> None:
 
 
 def _run(job: Path, overrides: list[str] | None, time_limit: str | None, *, as_json: bool, **options: Any) -> NoReturn:
-    from pipeline.job import run_job
-    from pipeline.spec.job_file import load_spec
+    from pipeline.stop import Stop
 
-    if time_limit is not None:
-        overrides = [*(overrides or ()), f"run.time_limit={time_limit}"]
-    outcome = run_job(load_spec(job, overrides=overrides or ()), **options)
+    stop = Stop()
+    with stop.signals():  # before anything that takes time
+        from pipeline.job import run_job
+        from pipeline.spec.job_file import load_spec
+
+        if time_limit is not None:
+            overrides = [*(overrides or ()), f"run.time_limit={time_limit}"]
+        outcome = run_job(load_spec(job, overrides=overrides or ()), stop=stop, **options)
     if as_json:
         _print_json(outcome.summary)
     raise typer.Exit(outcome.exit_code)
@@ -249,3 +254,6 @@ def main() -> None:
     except SystemExit as exit_:
         # The command-line library reports wrong usage with 2; sysexits(3) and we say 64.
         sys.exit(UsageError.exit_code if exit_.code == 2 else exit_.code)
+    except Exception:  # noqa: BLE001 - a fault of ours
+        traceback.print_exc()
+        sys.exit(OvernightError.exit_code)

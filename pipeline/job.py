@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import __version__
 from pipeline.errors import EXIT_OK, EXIT_SOME_FAILED, StoppedError
+from pipeline.ledger.files import Patience, RunPaths
 from pipeline.ledger.identity import Identity
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.recovery import find_finished
+from pipeline.ledger.witness import Witness
 from pipeline.output import render
+from pipeline.probe import count_oom_kills, memory_left
 from pipeline.progress import Preparation, Progress
 from pipeline.records import Json, Prompt, Rejection
 from pipeline.runner import Runner
@@ -26,6 +29,7 @@ from pipeline.spec.fingerprint import fingerprint, fingerprint_fields
 from pipeline.spec.keys import JobSpec
 from pipeline.stop import Stop
 from pipeline.summary import Session, Tally, summarize
+from pipeline.watch import Watch
 
 if TYPE_CHECKING:
     from pipeline.engines import EngineChoice
@@ -66,35 +70,49 @@ def run_job(
     from pipeline.loading import apply_environment
 
     say = _silence if quiet else say_to_stderr
-    stop = stop or Stop(time_limit_s=spec.run.time_limit)
+    stop = stop or Stop()
+    stop.limit(spec.run.time_limit)
     with stop.signals():
         files = tuple(expand_inputs(spec.input.path))
         parser = LineParser(spec)
         output = Path(spec.output.path)
         identity = job_identity(spec, files, limit)
         resume = "if-unchanged" if retry and spec.run.resume == "never" else spec.run.resume
-        summary = None if fresh else find_finished(output, identity, resume=resume)
+        with stop.interrupting("reading the input"):
+            summary = None if fresh else find_finished(output, identity, resume=resume)
         if summary is not None and not (retry and summary["failed"]):
             say(f"{output} is finished already; {'there is nothing to retry' if retry else 'nothing was done'}")
             return _finished(output, summary)
-        with stop.interrupting():
+        with stop.interrupting("preparing"):
             facts, model = locate_model(spec, say, quiet=quiet)
             plan, choice = prepare(spec, facts)
             apply_environment(plan)
             encoder = choice.encoder()
-        identity = replace(identity, model=model)
-        with Ledger.open(output, identity, resume=resume, fresh=fresh, retry=retry) as ledger:
+        watch = Watch(stop, stall_timeout_s=spec.run.stall_timeout, memory=memory_left, say=say)
+        witness = Witness(RunPaths(output).log, oom_kills=count_oom_kills)
+        with (
+            Ledger.open(
+                output,
+                replace(identity, model=model),
+                resume=resume,
+                fresh=fresh,
+                retry=retry,
+                patience=Patience(sleep=watch.sleep),
+                witness=witness,
+            ) as ledger,
+            witness.listening() as log,
+        ):
             if not ledger.is_complete:
                 _say_beginning(ledger, plan, output, say)
                 try:
-                    with stop.interrupting():
+                    with stop.interrupting("loading the model"):
                         engine, load_s = choice.open(say)
                 except StoppedError:
-                    ledger.close("stopped")
+                    ledger.close(stop.ended)
                     raise
                 ledger.loaded(load_s)
                 progress = Progress(ledger.num_answers, ledger.tally, quiet=quiet)
-                with closing(progress), closing(engine):
+                with closing(progress), closing(engine), watch.watching(log):
                     runner = Runner(
                         encode=encoder.encode,
                         engine=engine,
@@ -102,11 +120,17 @@ def run_job(
                         render=partial(render, keep_fields=spec.output.keep_fields),
                         num_samples=spec.generation.num_samples,
                         stop=stop,
+                        beat=watch.beat,
                         observe=progress.show,
+                        max_attempts=spec.run.max_attempts,
+                        save_unfinished_s=None if spec.generation.deterministic else spec.run.save_unfinished,
                     )
-                    runner.run(_open_prompts(spec, parser, files, ledger, limit))
+                    if ledger.has_suspects:
+                        say("a fault ended an earlier session: what was in flight is tried one by one")
+                        runner.run_alone(_prompts(spec, parser, files, limit, ledger.next_suspect_item))
+                    runner.run(_prompts(spec, parser, files, limit, ledger.next_unanswered_item))
             if not ledger.is_complete:
-                ledger.close("time_limit" if stop.reason == "time_limit" else "stopped")
+                ledger.close(stop.ended)
                 say(f"stopped ({stop.reason}); run the same command again to resume")
                 return Outcome(StoppedError.exit_code, output, None)
             told = _summary_facts(spec, plan, ledger.input_sha256)
@@ -171,11 +195,15 @@ def job_identity(spec: JobSpec, files: tuple[InputFile, ...], limit: int | None)
     return Identity(fields, spec.generation.num_samples, files, measure)
 
 
-def _open_prompts(
-    spec: JobSpec, parser: LineParser, files: Sequence[InputFile], ledger: Ledger, limit: int | None
+def _prompts(
+    spec: JobSpec,
+    parser: LineParser,
+    files: Sequence[InputFile],
+    limit: int | None,
+    next_wanted: Callable[[int], int | None],
 ) -> Iterator[Prompt | Rejection]:
-    """The prompts that still lack an answer; lines already answered are passed over unparsed."""
-    lines = read_lines(files, max_line_bytes=spec.input.max_line, stop=limit, next_wanted=ledger.next_unanswered_item)
+    """The prompts that are wanted; the other lines are passed over unparsed."""
+    lines = read_lines(files, max_line_bytes=spec.input.max_line, stop=limit, next_wanted=next_wanted)
     return map(parser.parse, lines)
 
 

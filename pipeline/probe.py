@@ -10,6 +10,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from pipeline.machine import Cgroup, Gpu, Machine
 
@@ -124,6 +125,48 @@ def read_cgroup(root: Path = Path("/")) -> Cgroup | None:
     return None
 
 
+def memory_left(root: Path = Path("/")) -> int | None:
+    """Bytes that may still be allocated before the kernel kills; None where the system does not say.
+
+    Unlike the plan's figure this counts all of the page cache as free: a large model's mapped weights are cache.
+    """
+    left = [_meminfo(root)]
+    for group, version in _memory_groups(root):
+        limit, used = _memory_v1(group) if version == 1 else _memory_v2(group)
+        if limit is not None and limit < _UNLIMITED_BYTES:
+            left.append(max(0, limit - used + _stat(group, "total_active_file" if version == 1 else "active_file")))
+    return min((each for each in left if each is not None), default=None)
+
+
+def count_oom_kills(root: Path = Path("/")) -> dict[str, Any] | None:
+    """How many processes the kernel has killed for memory, and `of` which control group; None where it does not say.
+
+    Our control group counts its own, whoever ran out; where there is none, the whole system since it was started.
+    """
+    boot = _read(root / "proc/sys/kernel/random/boot_id")
+    for group, version in _memory_groups(root):
+        count = _counter(group / ("memory.oom_control" if version == 1 else "memory.events"), "oom_kill")
+        if count is not None:
+            return {"of": f"{boot} {group.stat().st_ino}", "count": count}
+    count = _counter(root / "proc/vmstat", "oom_kill")
+    return None if count is None else {"of": boot, "count": count}
+
+
+def _memory_groups(root: Path) -> list[tuple[Path, int]]:
+    """This process's control group and its ancestors, each with the version of its hierarchy."""
+    paths, mount = _cgroup_paths(root), root / "sys/fs/cgroup"
+    if (mount / "memory").is_dir():
+        return [(group, 1) for group in _ancestors(mount / "memory", paths.get("memory"))]
+    if (mount / "cgroup.controllers").exists():
+        return [(group, 2) for group in _ancestors(mount, paths.get(""))]
+    return []
+
+
+def _meminfo(root: Path) -> int | None:
+    kilobytes = _counter(root / "proc/meminfo", "MemAvailable:")
+    return None if kilobytes is None else kilobytes << 10
+
+
 def _cgroup_paths(root: Path) -> dict[str, str]:
     """Controller to path; the one hierarchy of version 2 is under the empty name. See cgroups(7)."""
     paths: dict[str, str] = {}
@@ -174,11 +217,16 @@ def _quota_v2(group: Path) -> float | None:
 
 
 def _stat(group: Path, name: str) -> int:
-    for line in (_read(group / "memory.stat") or "").splitlines():
-        key, _, value = line.partition(" ")
-        if key == name:
-            return int(value)
-    return 0
+    return _counter(group / "memory.stat", name) or 0
+
+
+def _counter(path: Path, name: str) -> int | None:
+    """The number behind a name at the beginning of a line."""
+    for line in (_read(path) or "").splitlines():
+        words = line.split()
+        if len(words) > 1 and words[0] == name:
+            return int(words[1])
+    return None
 
 
 def _probe_gpus(root: Path) -> tuple[tuple[Gpu, ...], str | None]:

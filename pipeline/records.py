@@ -155,8 +155,10 @@ class Engine(Protocol):
 
     `generate` pulls a request whenever it has room for one and yields each completion the moment it is finished.
     It yields None after a step that finished nothing, so that the loop can commit, save and stop between steps.
-    Closing the iterator abandons what is in flight.
+    Closing the iterator abandons what is in flight; then `generate` may be called again.
     """
+
+    out_of_memory_events: int  # since the engine was made: each time that memory ran out, whatever came of it
 
     def generate(self, requests: Iterator[Request]) -> Generator[Completion | None]: ...
 

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 
 from pipeline.ledger.ledger import Ledger
-from pipeline.records import Completion, Engine, Prompt, Rejection, Request
+from pipeline.records import Completion, Engine, ItemError, Prompt, Rejection, Request
 from pipeline.stop import Stop
 from pipeline.summary import Tally
 
+_FAULTS = {
+    "crashed": "the process crashed",
+    "stalled": "nothing moved any more",
+    "out_of_memory": "the system killed the process for lack of memory",
+}
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class Runner:
-    """The parts of one run. `observe` sees the tally after each commit: what it shows is on disk."""
+    """The parts of one run. `observe` sees the tally after each commit: what it shows is on disk.
+
+    `beat` is called whenever something has moved. The tokens of unfinished answers are saved every
+    `save_unfinished_s` and at a stop, and taken up again; never where that is None.
+    """
 
     encode: Callable[[Prompt], Request | Rejection]
     engine: Engine
@@ -22,18 +33,49 @@ class Runner:
     render: Callable[[Completion], bytes]
     num_samples: int
     stop: Stop
+    beat: Callable[[], None]
     observe: Callable[[Tally], None]
+    max_attempts: int
+    save_unfinished_s: float | None
+    _save_at: float = 0.0
+    _num_out_of_memory: int = 0  # events of the engine that the ledger knows
 
     def run(self, prompts: Iterable[Prompt | Rejection]) -> None:
         """Answer every prompt that has no answer yet, or as many as come before the stop; what is finished is kept."""
-        requests = self.ledger.admitting(self._requests(prompts))
-        with closing(self.engine.generate(requests)) as completions:
+        self._answer(self._requests(prompts))
+        self._commit()
+
+    def run_alone(self, prompts: Iterable[Prompt | Rejection]) -> None:
+        """Answer the suspects among these prompts one by one, so that a death has one cause.
+
+        One that was in flight at `max_attempts` deaths, and alone at one of them, is answered with the error.
+        """
+        for request in self._requests(prompts):
+            index, sample = request.item.index, request.sample
+            charges = self.ledger.charges(index, sample)
+            if not charges:
+                continue
+            if len(charges) >= self.max_attempts and any(charge.alone for charge in charges):
+                cause, attempts = charges[-1].cause, len(charges)
+                message = (
+                    f"{_FAULTS[cause]} while this line was answered, in {attempts} attempts; it is not tried again"
+                )
+                self._take(Completion.failed(request.item, sample, ItemError(cause, message, attempts)))
+            else:
+                self._answer(iter([request]))
+            self._commit()
+
+    def _answer(self, requests: Iterator[Request]) -> None:
+        self._schedule_save()
+        with closing(self.engine.generate(self.ledger.admitting(requests))) as completions:
             for completion in completions:
+                self.beat()
                 self._take(completion)
-                if self.stop.overdue:
+                overdue = self.stop.overdue
+                if overdue or time.monotonic() >= self._save_at:
+                    self._save()
+                if overdue:
                     break
-        self.ledger.commit()
-        self.observe(self.ledger.tally)
 
     def _requests(self, prompts: Iterable[Prompt | Rejection]) -> Iterator[Request]:
         for prompt in prompts:
@@ -46,11 +88,35 @@ class Runner:
                 if isinstance(request, Rejection):
                     self._take(Completion.failed(request.item, sample, request.error))
                 else:
-                    yield request if sample == 0 else replace(request, sample=sample)
+                    yield replace(request, sample=sample, generated=self._generated(request.item.index, sample))
+
+    def _generated(self, index: int, sample: int) -> tuple[int, ...]:
+        """The tokens of this answer that earlier sessions saved."""
+        return () if self.save_unfinished_s is None else self.ledger.unfinished.get((index, sample), ())
+
+    def _save(self) -> None:
+        if self.save_unfinished_s is not None:
+            self.ledger.save_unfinished(self.engine.unfinished())
+        self._schedule_save()
+
+    def _schedule_save(self) -> None:
+        self._save_at = time.monotonic() + (self.save_unfinished_s or float("inf"))
 
     def _take(self, completion: Completion | None) -> None:
         """Append an answer, or None at a heartbeat; commit when it is time."""
         if completion is not None:
             self.ledger.append(completion, self.render(completion))
+        self._count_out_of_memory()
         if self.ledger.commit_if_due():
             self.observe(self.ledger.tally)
+
+    def _commit(self) -> None:
+        self._count_out_of_memory()
+        self.ledger.commit()
+        self.observe(self.ledger.tally)
+
+    def _count_out_of_memory(self) -> None:
+        events = self.engine.out_of_memory_events
+        if events != self._num_out_of_memory:
+            self.ledger.count_out_of_memory(events - self._num_out_of_memory)
+            self._num_out_of_memory = events

@@ -60,7 +60,7 @@ class Histogram:
         return cls(value["count"], value["sum"], {int(bucket): count for bucket, count in value["buckets"]})
 
 
-_COUNTS = ("completed", "failed", "input_tokens", "output_tokens", "reasoning_tokens")
+_COUNTS = ("completed", "failed", "input_tokens", "output_tokens", "reasoning_tokens", "out_of_memory_events")
 _HISTOGRAMS = ("ttft", "tpot", "e2el")
 
 
@@ -73,6 +73,7 @@ class Tally:
     input_tokens: int = 0
     output_tokens: int = 0
     reasoning_tokens: int = 0
+    out_of_memory_events: int = 0  # met on the way, most of them cured by a smaller batch
     ttft: Histogram = field(default_factory=Histogram)  # time to first token
     tpot: Histogram = field(default_factory=Histogram)  # time per output token after the first
     e2el: Histogram = field(default_factory=Histogram)  # end-to-end latency
@@ -123,7 +124,9 @@ class Session:
     duration: float
     load_s: float
     completed: int
-    ended: str  # finished | stopped | time_limit | failed | killed | running
+    # In good order: finished | stopped | time_limit | low_memory | failed (refused by the disk, say).
+    # By a fault: crashed | stalled | out_of_memory | killed (unexplained). Not yet: running.
+    ended: str
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -175,6 +178,7 @@ def summarize(tally: Tally, sessions: Sequence[Session], facts: Mapping[str, Any
         "total_token_throughput": rate(num_tokens),
         **latencies,
         "errors": dict(sorted(tally.errors.items())),
+        "out_of_memory_events": tally.out_of_memory_events,
         "sessions": [session.to_json() for session in sessions],
         **{key: value for key, value in facts.items() if key != "job"},
     }

@@ -4,13 +4,13 @@ import pytest
 
 from pipeline.errors import DataError
 from pipeline.ledger.files import DISK, GrowingFile, Patience
-from pipeline.ledger.history import VERSION, read_published, replay
+from pipeline.ledger.history import VERSION, Charge, read_published, replay
 from pipeline.ledger.identity import Header
 from pipeline.ledger.journal import Journal, write_runs
 from pipeline.summary import Tally
 from tests.faults.small_run import answer, identity
 
-SESSION = {"kind": "session", "started_at": 1.0}
+SESSION = {"kind": "session", "started_at": 1.0, "death": None, "mark": {}}
 LOADED = {"kind": "loaded", "load_s": 2.5}
 PUBLISH = {
     "kind": "publish",
@@ -117,18 +117,37 @@ def test_sessions_are_told_apart(path):
     assert told == [(3.0, 2.5, 2, "killed"), (2.0, 0.0, 1, "time_limit"), (0.0, 2.5, 0, "running")]
 
 
-def test_suspects_are_what_was_in_flight_at_a_death(path):
-    killed = [header(), SESSION, admit(0, 1, 2, 3), commit(0, 10, 1), admit(4)]
-    assert history_of(path, *killed).suspects == set()
-    assert history_of(path, *killed, SESSION).suspects == {0, 2, 3, 4}
+def session(death):
+    return {**SESSION, "death": death}
+
+
+def test_suspects_are_what_was_in_flight_at_a_death_with_evidence(path):
+    died = [header(), SESSION, admit(0, 1, 2, 3), commit(0, 10, 1), admit(4)]
+    assert history_of(path, *died).suspects == {}
+    together = (Charge("stalled", alone=False),)
+    history = history_of(path, *died, session("stalled"))
+    assert history.suspects == dict.fromkeys([0, 2, 3, 4], together)
+    assert history.sessions[0].ended == "stalled"
     # Answered by a later session, they are suspect no more; the rest stays so, however often it is stopped.
-    later = [*killed, SESSION, admit(0), commit(10, 20, 0), admit(2), end("stopped"), SESSION]
-    assert history_of(path, *later).suspects == {2, 3, 4}
+    later = [*died, session("stalled"), admit(0), commit(10, 20, 0), admit(2), end("stopped"), SESSION]
+    assert history_of(path, *later).suspects == dict.fromkeys([2, 3, 4], together)
+    # Nothing is held against an item when nobody knows what ended the process.
+    unexplained = [*later, admit(2), session(None), admit(2), session(None)]
+    assert history_of(path, *unexplained).suspects == dict.fromkeys([2, 3, 4], together)
+    assert history_of(path, *unexplained).sessions[-2].ended == "killed"
+    alone = [*later, admit(2), session("crashed")]
+    assert history_of(path, *alone).suspects[2] == (*together, Charge("crashed", alone=True))
 
 
-@pytest.mark.parametrize(("ended", "suspects"), [("stopped", set()), ("time_limit", set()), ("failed", {0, 1})])
-def test_a_stop_makes_no_suspects_and_a_failure_does(path, ended, suspects):
-    assert history_of(path, header(), SESSION, admit(0, 1), end(ended), SESSION).suspects == suspects
+def test_what_was_in_flight_alone_is_charged_so_though_others_were_before(path):
+    records = [header(), SESSION, admit(0, 1), commit(0, 10, 0), session("out_of_memory")]
+    assert history_of(path, *records).suspects == {1: (Charge("out_of_memory", alone=True),)}
+
+
+@pytest.mark.parametrize("ended", ["stopped", "time_limit", "low_memory", "failed"])
+def test_a_session_that_ended_in_good_order_makes_no_suspects_and_a_crash_does(path, ended):
+    assert history_of(path, header(), SESSION, admit(0, 1), end(ended), SESSION).suspects == {}
+    assert set(history_of(path, header(), SESSION, admit(0, 1), end("crashed"), SESSION).suspects) == {0, 1}
 
 
 def test_unfinished_tokens_grow_are_replaced_and_dropped_once_answered(path):

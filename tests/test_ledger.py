@@ -16,9 +16,11 @@ from pipeline.ledger import ledger as ledger_module
 from pipeline.ledger.files import Files, Patience, RunPaths
 from pipeline.ledger.history import History
 from pipeline.ledger.ledger import Ledger
+from pipeline.ledger.witness import Witness
 from pipeline.records import Completion, Item, Request, Settings, Unfinished
 from tests.faults.crash_states import Killed, Note, Recorder
 from tests.faults.small_run import (
+    NUM_ITEMS,
     UnsyncedFiles,
     answer,
     finish,
@@ -152,30 +154,68 @@ def request(index):
     return Request(answer(index).item, 0, (1,), Settings())
 
 
-def test_suspects_are_those_in_flight_at_a_death(output):
+class Told(Witness):
+    """Says of every death what it was told to say."""
+
+    def __init__(self, cause):
+        self._told = cause
+
+    def mark(self):
+        return {"process": 1}
+
+    def cause(self, mark):
+        assert mark == {"process": 1}
+        return self._told
+
+
+CRASHED = Told("crashed")
+
+
+def suspects(ledger):
+    items, index = [], 0
+    while (item := ledger.next_suspect_item(index)) is not None:
+        items.append(item)
+        index = item + 1
+    assert ledger.has_suspects == bool(items)
+    return items
+
+
+def test_suspects_are_those_in_flight_at_a_death_until_they_are_answered(output):
     recorder = Recorder(output.parent)
-    ledger = open_ledger(output, recorder)
+    ledger = open_ledger(output, recorder, witness=CRASHED)
     ledger.admit([(0, 0), (2, 0), (4, 0)])
     append(ledger, 2)
     ledger.commit()
     recorder.die()
-    with open_ledger(output, FILES) as ledger:
-        assert ledger.suspects == [(0, 0), (4, 0)]
-        assert [session.ended for session in ledger.sessions] == ["killed", "running"]
+    with open_ledger(output, FILES, witness=CRASHED) as ledger:
+        assert suspects(ledger) == [0, 4]
+        assert [len(ledger.charges(index, 0)) for index in range(NUM_ITEMS)] == [1, 0, 0, 0, 1]
+        assert [session.ended for session in ledger.sessions] == ["crashed", "running"]
         append(ledger, 4)
+        ledger.commit()
+        assert suspects(ledger) == [0]
         ledger.close("stopped")
-    with open_ledger(output, FILES) as ledger:
-        assert ledger.suspects == [(0, 0)]
+    with open_ledger(output, FILES, witness=CRASHED) as ledger:
+        assert suspects(ledger) == [0]
+
+
+def test_a_death_that_nothing_explains_makes_no_suspects(output):
+    for _ in range(100):
+        recorder = Recorder(output.parent)
+        ledger = open_ledger(output, recorder, witness=Told(None))
+        assert suspects(ledger) == []
+        ledger.admit([(0, 0)])
+        recorder.die()
 
 
 def test_requests_are_admitted_before_they_are_handed_on(output):
     recorder = Recorder(output.parent)
-    ledger = open_ledger(output, recorder)
+    ledger = open_ledger(output, recorder, witness=CRASHED)
     handed = ledger.admitting(request(index) for index in range(5))
     assert [next(handed).item.index for _ in range(3)] == [0, 1, 2]
     recorder.die()
-    with open_ledger(output, FILES) as ledger:
-        assert ledger.suspects == [(0, 0), (1, 0), (2, 0)]  # and none that the engine never saw
+    with open_ledger(output, FILES, witness=CRASHED) as ledger:
+        assert suspects(ledger) == [0, 1, 2]  # and none that the engine never saw
 
 
 def test_admission_takes_as_many_lines_as_answers_take_time(output, monkeypatch):
@@ -247,12 +287,12 @@ def test_sessions_tell_how_long_they_took_and_how_they_ended(output, monkeypatch
     assert abs(ledger.sessions[0].started_at - time.time()) < 60
 
 
-def test_leaving_without_a_word_is_a_failure_that_keeps_the_answers(output):
+def test_an_exception_that_nobody_foresaw_is_a_crash_that_keeps_the_answers(output):
     with pytest.raises(ZeroDivisionError), open_ledger(output, FILES) as ledger:
         append(ledger, 0)
         1 / 0  # noqa: B018
     with open_ledger(output, FILES) as ledger:
-        assert ledger.sessions[0].ended == "failed"
+        assert ledger.sessions[0].ended == "crashed"
         assert ledger.is_done(0, 0)
 
 

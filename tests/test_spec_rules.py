@@ -99,9 +99,6 @@ NOT_DEFAULT: dict[str, tuple[object, str]] = {
     "input.format": ("openai-batch", "auto"),
     "generation.deterministic": (True, "false"),
     "output.format": ("openai-batch", "native"),
-    "run.max_attempts": (1, "3"),
-    "run.stall_timeout": ("1h", "30m"),
-    "run.save_unfinished": ("1s", "1m"),
     "run.metrics": ("x.prom", "null"),
     "run.on_finish": (["true"], "null"),
 }

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -37,7 +38,7 @@ def test_a_signal_is_a_request_with_a_grace(number: signal.Signals) -> None:
 
 def test_while_loading_a_signal_ends_at_once() -> None:
     stop = Stop()
-    with stop.signals(), pytest.raises(StoppedError, match="SIGTERM"), stop.interrupting():
+    with stop.signals(), pytest.raises(StoppedError, match=r"SIGTERM.*loading"), stop.interrupting("loading"):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
@@ -57,3 +58,33 @@ with stop.signals():
     time.sleep(5)
 """
     assert subprocess.run([sys.executable, "-c", program]).returncode == StoppedError.exit_code
+
+
+def test_the_same_signal_twice_at_once_is_one_request() -> None:
+    """What a scheduler sends to a whole job and a supervisor passes on arrives twice."""
+    stop = Stop()
+    with stop.signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.reason == "SIGTERM"
+
+
+def test_a_wait_for_room_on_the_disk_ends_with_the_stop() -> None:
+    stop = Stop()
+    began = time.monotonic()
+    stop.sleep(0.01)
+    threading.Timer(0.2, stop.request, ["SIGTERM"]).start()
+    with pytest.raises(StoppedError, match="SIGTERM"):
+        stop.sleep(30)
+    assert time.monotonic() - began < 10
+
+
+def test_a_limit_counts_from_the_beginning_and_a_request_may_have_no_grace() -> None:
+    stop = Stop()
+    stop.limit(3600)
+    assert not stop.requested
+    stop.request("low_memory", grace_s=0)
+    assert stop.overdue and stop.ended == "low_memory"
+    late = Stop()
+    late.limit(0)
+    assert late.overdue and late.ended == "time_limit"

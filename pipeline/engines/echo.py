@@ -7,6 +7,7 @@ be told to be slow, to fail, to crash, to run out of memory and to hang.
 from __future__ import annotations
 
 import heapq
+import itertools
 import os
 import random
 import signal
@@ -18,16 +19,17 @@ from hashlib import blake2b
 from pipeline.records import Completion, FinishReason, ItemError, Request, Timing, Unfinished, Usage
 
 _NAP_S = 0.05  # longest sleep between two heartbeats
+_END = 0  # the token that ends an answer, where it is reached
 
 
 @dataclass(frozen=True, slots=True)
 class Misbehaviour:
     """What a rehearsal asks the echo to do wrong; an index is an item's."""
 
-    delay_s: float = 0.0  # per answer
+    delay_s: float = 0.0  # per answer, spread evenly over its tokens
     fail_every: int | None = None  # every so manieth item is answered with an error
-    crash_at: int | None = None  # kills its own process
-    oom_at: int | None = None  # is answered with an out-of-memory error
+    crash_at: int | None = None  # a segmentation fault
+    oom_at: int | None = None  # runs out of memory beside others, and alone too
     hang_at: int | None = None  # never returns
 
 
@@ -40,62 +42,107 @@ class EchoEngine:
 
     def __init__(self, *, slots: int, misbehaviour: Misbehaviour | None = None) -> None:
         self._slots = slots
+        self._most = slots  # fewer after memory ran out
         self._misbehaviour = misbehaviour or Misbehaviour()
+        self._writing: _Answer | None = None
+        self.out_of_memory_events = 0
 
     def generate(self, requests: Iterator[Request]) -> Generator[Completion | None]:
         # The clock counts steps: an answer of n tokens taken at step t is finished at step t + n.
         clock = 0
-        in_flight: list[tuple[int, int, Completion]] = []
-        taken = 0
-        exhausted = False
-        while in_flight or not exhausted:
-            while not exhausted and len(in_flight) < self._slots:
-                request = next(requests, None)
-                if request is None:
-                    exhausted = True
-                    break
-                self._misbehave(request)
-                completion = self._answer(request, time.time())
-                length = completion.usage.completion_tokens if completion.usage else 0
-                heapq.heappush(in_flight, (clock + length, taken, completion))
-                taken += 1
-            if in_flight:
-                yield from _nap(self._misbehaviour.delay_s)
-                clock, _, completion = heapq.heappop(in_flight)
+        in_flight: list[tuple[int, int, _Answer]] = []
+        taken = itertools.count()
+        try:
+            while True:
+                while len(in_flight) < self._most and (request := next(requests, None)) is not None:
+                    if in_flight and self._runs_out_of_memory(request):
+                        requests = itertools.chain([request], requests)
+                        continue
+                    answer = self._begin(request)
+                    heapq.heappush(in_flight, (clock + answer.num_to_come, next(taken), answer))
+                if not in_flight:
+                    return
+                clock, _, self._writing = heapq.heappop(in_flight)
+                yield from self._writing.write()
+                self._most = min(self._most + 1, self._slots)
+                completion, self._writing = self._writing.completion, None
                 yield completion
+        finally:
+            self._writing = None
 
     def unfinished(self) -> Sequence[Unfinished]:
-        return ()
+        """The answer that is being written; the others in flight have no token yet."""
+        answer = self._writing
+        if answer is None or not answer.num_written:
+            return ()
+        return (Unfinished(answer.request.item.index, answer.request.sample, answer.token_ids),)
 
     def close(self) -> None:
         pass
 
-    def _misbehave(self, request: Request) -> None:
-        index = request.item.index
-        if index == self._misbehaviour.crash_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if index == self._misbehaviour.hang_at:
+    def _runs_out_of_memory(self, request: Request) -> bool:
+        if request.item.index != self._misbehaviour.oom_at:
+            return False
+        self.out_of_memory_events += 1
+        self._most = 1
+        return True
+
+    def _begin(self, request: Request) -> _Answer:
+        index, told = request.item.index, self._misbehaviour
+        if index == told.crash_at:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if index == told.hang_at:
             while True:
                 time.sleep(3600)
-
-    def _answer(self, request: Request, started_at: float) -> Completion:
-        index, delay_s = request.item.index, self._misbehaviour.delay_s
-        fail_every = self._misbehaviour.fail_every
-        if fail_every and (index + 1) % fail_every == 0:
-            error = ItemError("echo_failure", f"the job asks the echo to fail every {fail_every} items")
-            return Completion.failed(request.item, request.sample, error)
-        if index == self._misbehaviour.oom_at:
+        error = None
+        if told.fail_every and (index + 1) % told.fail_every == 0:
+            error = ItemError("echo_failure", f"the job asks the echo to fail every {told.fail_every} items")
+        elif self._runs_out_of_memory(request):
             error = ItemError("out_of_memory", "the job asks the echo to run out of memory here")
-            return Completion.failed(request.item, request.sample, error)
-        text, num_tokens, finish_reason = _echo(request)
-        return Completion(
+        return _Answer(request, told.delay_s, error)
+
+
+class _Answer:
+    """An answer on its way: all of it is known, and so much of it is written as its time has come."""
+
+    def __init__(self, request: Request, delay_s: float, error: ItemError | None) -> None:
+        text, self._num_tokens, finish_reason = _echo(request)
+        self._token_s = delay_s / self._num_tokens
+        self.request = request
+        self._text = text
+        self.num_written = len(request.generated)
+        if error is not None:
+            self.completion = Completion.failed(request.item, request.sample, error)
+            return
+        self.completion = Completion(
             item=request.item,
             sample=request.sample,
             finish_reason=finish_reason,
             text=text,
-            usage=Usage(prompt_tokens=len(request.token_ids), completion_tokens=num_tokens),
-            timing=Timing(started_at=started_at, queue_s=0.0, prefill_s=0.0, decode_s=delay_s),
+            usage=Usage(prompt_tokens=len(request.token_ids), completion_tokens=self._num_tokens),
+            timing=Timing(time.time(), queue_s=0.0, prefill_s=0.0, decode_s=self._token_s * self.num_to_come),
         )
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Of what is written."""
+        return (*self._text.encode(), _END)[: self.num_written]
+
+    @property
+    def num_to_come(self) -> int:
+        return self._num_tokens - self.num_written
+
+    def write(self) -> Iterator[None]:
+        """Take the time that the tokens to come take, with a heartbeat now and then."""
+        written_before = self.num_written
+        began = time.monotonic()
+        until = began + self.num_to_come * self._token_s
+        while (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, _NAP_S))
+            if left > _NAP_S:
+                num_new = int((time.monotonic() - began) / self._token_s)
+                self.num_written = min(written_before + num_new, self._num_tokens - 1)
+                yield None
 
 
 def _echo(request: Request) -> tuple[str, int, FinishReason]:
@@ -115,12 +162,3 @@ def _echo(request: Request) -> tuple[str, int, FinishReason]:
     if len(data) < limit:
         return text, len(data) + 1, "stop"
     return data[:limit].decode(errors="ignore"), limit, "length"
-
-
-def _nap(seconds: float) -> Iterator[None]:
-    """Sleep, with a heartbeat now and then."""
-    until = time.monotonic() + seconds
-    while (left := until - time.monotonic()) > 0:
-        time.sleep(min(left, _NAP_S))
-        if left > _NAP_S:
-            yield None

@@ -55,6 +55,7 @@ class PaddedEngine:
         self._window = max(window, 1)
         self._report = report
         self._in_flight: dict[tuple[int, int], Row] = {}
+        self.out_of_memory_events = 0
 
     def generate(self, requests: Iterator[Request]) -> Generator[Completion | None]:
         try:
@@ -121,6 +122,7 @@ class PaddedEngine:
     def _give_way(self, num_rows: int) -> None:
         """Memory ran out with so many rows: free what can be freed and take fewer for a while."""
         release_memory()
+        self.out_of_memory_events += 1
         if num_rows > 1:
             self._most_rows = num_rows // 2
             self._report(f"out of memory with {num_rows} rows together; going on with {self._most_rows}")

@@ -60,6 +60,7 @@ class SlotEngine:
         self._full_step_tokens = self._step_tokens = max(step_tokens, slots)  # fewer after memory ran out
         self._report = report
         self._in_flight: dict[tuple[int, int], Row] = {}
+        self.out_of_memory_events = 0
         self._begin()
 
     def generate(self, requests: Iterator[Request]) -> Generator[Completion | None]:
@@ -196,6 +197,7 @@ class SlotEngine:
         num_tokens = sum(part.end - part.begin for part in parts)
         error = item_error(exception, *max((row.num_known, row.num_most - row.num_known) for row in rows))
         out_of_memory = error.type == "out_of_memory"
+        self.out_of_memory_events += out_of_memory
         for part in parts:
             self._release(part.seat)
         if len(rows) == 1 and (not out_of_memory or num_tokens <= _LEAST_STEP_TOKENS):

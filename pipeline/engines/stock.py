@@ -28,6 +28,7 @@ class StockEngine:
     """
 
     slots = BATCH_SIZE
+    out_of_memory_events = 0  # it raises
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any, thinking: ThinkingTags | None) -> None:
         self._model: Any = model

@@ -52,6 +52,11 @@ class RunPaths:
         return self._beside(".summary.json")
 
     @property
+    def log(self) -> Path:
+        """Tracebacks of processes that crashed or hung, as the interpreter wrote them in its last moment."""
+        return self._beside(".log")
+
+    @property
     def unpublished(self) -> Path:
         """A file on its way to one of the names above; worthless after a crash."""
         return self._beside(".unpublished")

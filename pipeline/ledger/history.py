@@ -5,7 +5,8 @@ know the same. The kinds of record, and their fields beside `kind`:
 
     header      version, fields (of the job, dotted), num_samples, input: sha256, num_bytes, num_items, files
     input       input, as in the header: the input grew at its end
-    session     started_at (Unix time): a process took up the run
+    session     started_at (Unix time): a process took up the run; mark: what it noted to be compared after its death;
+                death: the cause of the death of the session before, null where nothing tells
     loaded      load_s: it has loaded the model; generation time counts from here
     admit       numbers: about to be handed to the engine
     commit      start, end, sha256 of a group in the partial file; numbers of its lines in their order; failed: those
@@ -24,6 +25,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from pipeline.ledger.identity import Header, input_from_record, input_to_record
 from pipeline.ledger.journal import (
@@ -58,6 +60,14 @@ class Published:
     summary: Mapping[str, Json]
 
 
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """A fault ended a process while an answer was in flight; `alone` proves that it was this answer's doing."""
+
+    cause: str  # crashed | stalled | out_of_memory
+    alone: bool
+
+
 @dataclass(slots=True)
 class History:
     """The state of a run. `apply` is its only way to change; all else reads."""
@@ -68,8 +78,9 @@ class History:
     committed_bytes: int = 0  # of the partial file
     tally: Tally = field(default_factory=Tally)
     sessions: list[Session] = field(default_factory=list[Session])
+    mark: Mapping[str, Any] = field(default_factory=dict[str, Any])  # of the last session
     admitted: set[int] = field(default_factory=set[int])  # by the last session, and not answered
-    suspects: set[int] = field(default_factory=set[int])  # in flight when a session died, and not answered since
+    suspects: dict[int, tuple[Charge, ...]] = field(default_factory=dict[int, tuple[Charge, ...]])  # not answered since
     unfinished: dict[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
     published: list[Published] = field(default_factory=list[Published])
     is_published: bool = False  # nothing has happened since the last of these
@@ -78,6 +89,11 @@ class History:
     @property
     def is_complete(self) -> bool:
         return self.num_done == self.header.num_answers
+
+    @property
+    def is_running(self) -> bool:
+        """The last session has not ended in good order: its process is at work, or died."""
+        return bool(self.sessions) and self.sessions[-1].ended == "running"
 
     def apply(self, record: Record) -> None:
         """Raises KeyError, TypeError or ValueError for a record that makes no sense here."""
@@ -113,10 +129,12 @@ class History:
         self.is_published = False
 
     def _session(self, record: Record) -> None:
-        if self.sessions and self.sessions[-1].ended == "running":
-            self._end("killed")
-            self.suspects |= self.admitted
+        if self.is_running:
+            self._end(record["death"] or "killed")
+            if record["death"]:
+                self._blame(record["death"])
         self.admitted.clear()
+        self.mark = record["mark"]
         self.sessions.append(Session(record["started_at"], 0.0, 0.0, 0, "running"))
 
     def _commit(self, record: Record) -> None:
@@ -136,10 +154,10 @@ class History:
         session = self.sessions[-1]
         completed = session.completed + tally.completed
         self.sessions[-1] = replace(session, completed=completed, duration=record["elapsed_s"])
-        self.admitted = self._without_answered(self.admitted)
-        self.suspects = self._without_answered(self.suspects)
-        for number in [number for number in self.unfinished if self.done[number]]:
-            del self.unfinished[number]
+        self.admitted = {number for number in self.admitted if not done[number]}
+        for waiting in (self.suspects, self.unfinished):
+            for number in [number for number in waiting if done[number]]:
+                del waiting[number]
 
     def count(self, completed: int, failed: int, input_tokens: int, output_tokens: int, *, elapsed_s: float) -> None:
         """A commit, as far as it is counted."""
@@ -156,8 +174,8 @@ class History:
     def _ended(self, record: Record) -> None:
         self._elapsed(record)
         self._end(record["ended"])
-        if record["ended"] == "failed":
-            self.suspects |= self.admitted
+        if record["ended"] == "crashed":
+            self._blame("crashed")
         self.admitted.clear()
 
     def _retry(self) -> None:
@@ -183,8 +201,11 @@ class History:
     def _end(self, ended: str) -> None:
         self.sessions[-1] = replace(self.sessions[-1], ended=ended)
 
-    def _without_answered(self, numbers: set[int]) -> set[int]:
-        return {number for number in numbers if not self.done[number]}
+    def _blame(self, cause: str) -> None:
+        """Whatever was in flight may have ended the process; what was in flight alone did."""
+        charge = Charge(cause, alone=len(self.admitted) == 1)
+        for number in self.admitted:
+            self.suspects[number] = (*self.suspects.get(number, ()), charge)
 
 
 def publish_record(published: Published, digest: InputDigest) -> Record:

@@ -17,18 +17,19 @@ from typing import Literal, Self
 
 from pipeline.errors import OvernightError
 from pipeline.ledger.files import DISK, Files, GrowingFile, Patience, RunPaths, creating, make_directories, writing
-from pipeline.ledger.history import History, publish_record
+from pipeline.ledger.history import Charge, History, publish_record
 from pipeline.ledger.identity import Identity
 from pipeline.ledger.journal import Journal, Record, damaged, write_runs
 from pipeline.ledger.lock import RunLock
 from pipeline.ledger.partial import LineIndex, read_groups
 from pipeline.ledger.publish import place_output, sha256_of, write_output, write_summary
 from pipeline.ledger.recovery import Resume, begin, move_aside, no_run, recover, refuse_existing
+from pipeline.ledger.witness import Witness
 from pipeline.records import Completion, Json, Request, Unfinished
 from pipeline.summary import Session, Tally
 
 Summarize = Callable[[Tally, Sequence[Session], str], Mapping[str, Json]]
-Ended = Literal["stopped", "time_limit", "failed"]
+Ended = Literal["stopped", "time_limit", "low_memory", "failed", "crashed"]
 
 _COMMIT_BYTES = 8 << 20
 _COMMIT_S = 1.0
@@ -46,7 +47,6 @@ class Ledger:
 
     num_answers: int  # that the whole run has to give
     unfinished: Mapping[tuple[int, int], tuple[int, ...]]  # (index, sample) → tokens that earlier sessions generated
-    suspects: Sequence[tuple[int, int]]  # (index, sample) that were in flight when a session died, not answered since
 
     def __init__(
         self,
@@ -55,6 +55,7 @@ class Ledger:
         paths: RunPaths,
         lock: RunLock,
         recovered: tuple[History, Journal, GrowingFile],
+        witness: Witness,
     ) -> None:
         self._files = files
         self._patience = patience
@@ -70,8 +71,9 @@ class Ledger:
         self._num_appended = 0
         self.unfinished = {self._pair(number): tokens for number, tokens in self._history.unfinished.items()}
         if not self._history.is_published:
-            self._record({"kind": "session", "started_at": time.time()})
-        self.suspects = [self._pair(number) for number in sorted(self._history.suspects)]
+            history = self._history
+            death = witness.cause(history.mark) if history.is_running else None
+            self._record({"kind": "session", "started_at": time.time(), "death": death, "mark": witness.mark()})
 
     @classmethod
     def open(
@@ -84,6 +86,7 @@ class Ledger:
         retry: bool = False,
         files: Files = DISK,
         patience: Patience | None = None,
+        witness: Witness | None = None,
     ) -> Self:
         """Take up the run whose output is `output`, or begin it; `fresh` moves the files of an earlier run aside first.
 
@@ -110,7 +113,7 @@ class Ledger:
             elif resume == "never" and not retry:
                 refuse_existing(paths)
             recovered = recover(files, patience, paths, identity, may_grow=resume == "always", retry=retry)
-            return cls(files, patience, paths, lock, recovered)
+            return cls(files, patience, paths, lock, recovered, witness or Witness(paths.log))
         except BaseException:
             lock.release()
             raise
@@ -143,6 +146,21 @@ class Ledger:
         """The first item from `index` on that lacks an answer; None where all have theirs."""
         number = self._history.done.find(0, index * self._num_samples)
         return None if number < 0 else number // self._num_samples
+
+    @property
+    def has_suspects(self) -> bool:
+        """Whether a fault ended a session that had answers in flight which are still missing."""
+        return bool(self._history.suspects)
+
+    def next_suspect_item(self, index: int) -> int | None:
+        """The first item from `index` on that is suspected of having killed a process; None where there is none."""
+        numbers = (number for number in self._history.suspects if number >= index * self._num_samples)
+        number = min(numbers, default=None)
+        return None if number is None else number // self._num_samples
+
+    def charges(self, index: int, sample: int) -> Sequence[Charge]:
+        """The deaths of processes that this answer, still missing, may have caused."""
+        return self._history.suspects.get(self._number(index, sample), ())
 
     def loaded(self, load_s: float) -> None:
         """The model is loaded, which took `load_s` seconds; the session's generation time begins."""
@@ -182,6 +200,10 @@ class Ledger:
         if completion.error is not None:
             self._group_failed.append(number)
         self._num_appended += 1
+
+    def count_out_of_memory(self, num_events: int) -> None:
+        """Memory ran out so many times more; the next commit says so."""
+        self._group_tally.out_of_memory_events += num_events
 
     def commit_if_due(self) -> bool:
         """Commit when the oldest answer has waited a second or 8 MiB have gathered; whether it did."""
@@ -299,8 +321,10 @@ class Ledger:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Only what nobody foresaw is evidence against the answers in flight; a full disk is not.
+        unforeseen = kind is not None and issubclass(kind, Exception) and not issubclass(kind, OvernightError)
+        self.close("crashed" if unforeseen else "failed")
 
     def _number(self, index: int, sample: int) -> int:
         number = index * self._num_samples + sample

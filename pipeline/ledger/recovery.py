@@ -139,7 +139,7 @@ def recover(
 def move_aside(files: Files, paths: RunPaths) -> None:
     """Rename all files of an earlier run but the lock to NAME.old-N. The caller holds the lock. Raises OutputError."""
     # The journal first, so that a run that is half moved away is refused, not resumed; then the sign that it is done.
-    ours = [paths.journal, paths.summary, paths.output, paths.partial]
+    ours = [paths.journal, paths.summary, paths.output, paths.partial, paths.log]
     number = 1
     while any(os.path.lexists(_old(path, number)) for path in ours):
         number += 1

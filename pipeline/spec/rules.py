@@ -22,9 +22,6 @@ NOT_YET: dict[str, tuple[object, ...] | None] = {
     "input.format": ("openai-batch",),
     "generation.deterministic": None,  # batch-invariant arithmetic
     "output.format": None,  # OpenAI batch lines
-    "run.max_attempts": None,  # judging items that killed a process
-    "run.stall_timeout": None,  # the watchdog
-    "run.save_unfinished": None,  # tokens of unfinished answers in the journal
     "run.metrics": None,  # Prometheus textfile
     "run.on_finish": None,  # notification
 }

@@ -35,7 +35,7 @@ class _Descriptor(io.RawIOBase):
 class NaiveLedger:
     """Serves the loop as Ledger does. Nothing is synced or checked, and what cannot be parsed is skipped."""
 
-    suspects: Sequence[tuple[int, int]] = ()
+    has_suspects = False
     unfinished: Mapping[tuple[int, int], tuple[int, ...]] = {}
     sessions: Sequence[Session] = ()
     input_sha256 = ""
