@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,29 @@ def test_the_library_example_runs(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert "400 answers" in run.stdout
+
+
+def test_the_quickstart_script_runs_to_its_end(tmp_path: Path) -> None:
+    for folder in ("jobs", "examples"):
+        shutil.copytree(REPOSITORY / folder, tmp_path / folder)
+    job = tmp_path / "jobs/quickstart.yaml"
+    job.write_text(job.read_text().replace("builtin:smollm2-135m", "builtin:tiny-qwen3-next"))  # made in a second
+    command = tmp_path / "bin/overnight"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m pipeline "$@"\n')
+    command.chmod(0o755)
+    environment = {"PATH": f"{command.parent}:{os.environ['PATH']}", "OVERNIGHT_CACHE": str(tmp_path / "cache")}
+    run = subprocess.run(
+        ["bash", "examples/quickstart.sh"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    assert '"object":"completion","index":0' in run.stdout
+    assert "finished already" in run.stderr
 
 
 def test_the_dirty_example_has_an_answer_for_every_line(tmp_path: Path) -> None:
