@@ -27,6 +27,7 @@ def write_in_place() -> None:
         data = paths.unpublished.read_bytes()
         for start in range(0, len(data), 100):
             files.write(descriptor, data[start : start + 100])
+            time.sleep(0.02)  # a watcher on a busy machine looks rarely
         files.close(descriptor)
 
     ledger_module.place_output = place_output
@@ -43,7 +44,9 @@ def watched(directory: Path, chance: random.Random, *prepare: Preparation) -> st
     output = job.with_name("out.jsonl")
     for _ in range(3):
         run = Run(job, prepare=[slow_disk, *prepare])
-        until = time.monotonic() + chance.uniform(0, slow_duration())
+        until = time.monotonic() + chance.uniform(
+            0, 3 * slow_duration()
+        )  # on a busy machine the next run may take longer
         while time.monotonic() < until:
             if output.exists() and (problem := incomplete(output)):
                 run.kill_after(0)
