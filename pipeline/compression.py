@@ -129,6 +129,8 @@ class _Decompressed(io.RawIOBase):
             taken, self._waiting = self._waiting, b""
             try:
                 data = self._stream.decompress(taken, size)
+            except MemoryError:  # says nothing of the file
+                raise
             except Exception as error:  # noqa: BLE001  each library raises its own
                 raise _damaged(self._suffix, error) from None
             if data:
