@@ -45,10 +45,15 @@ def run(
     limit: Limit = None,
     time_limit: TimeLimit = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Move an earlier run's files aside and start anew.")] = False,
+    supervised: Annotated[
+        bool, typer.Option("--supervise", help="Start the run again whenever its process dies.")
+    ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer every prompt of the job's input; run again to resume."""
+    if supervised:
+        _supervise(job, overrides, time_limit, limit=limit, fresh=fresh, quiet=quiet, as_json=as_json)
     _run(job, overrides, time_limit, limit=limit, fresh=fresh, quiet=quiet, as_json=as_json)
 
 
@@ -227,6 +232,28 @@ def _run(job: Path, overrides: list[str] | None, time_limit: str | None, *, as_j
     if as_json:
         _print_json(outcome.summary)
     raise typer.Exit(outcome.exit_code)
+
+
+def _supervise(
+    job: Path,
+    overrides: list[str] | None,
+    time_limit: str | None,
+    *,
+    limit: int | None,
+    fresh: bool,
+    quiet: bool,
+    as_json: bool,
+) -> NoReturn:
+    from pipeline.spec.job_file import load_spec
+    from pipeline.tools.supervise import supervise
+
+    words = [str(job), *(word for override in overrides or () for word in ("--set", override))]
+    words += ["--limit", str(limit)] if limit is not None else []
+    words += [word for word, given in (("--quiet", quiet), ("--json", as_json)) if given]
+    if time_limit is not None:
+        overrides = [*(overrides or ()), f"run.time_limit={time_limit}"]
+    spec = load_spec(job, overrides=overrides or ())
+    raise typer.Exit(supervise(spec, words, None if quiet else _say, fresh=fresh))
 
 
 def _teller(*, as_json: bool) -> tuple[Callable[[Problem], None], list[dict[str, Any]]]:

@@ -104,31 +104,33 @@ def run_job(
         ):
             if not ledger.is_complete:
                 _say_beginning(ledger, plan, output, say)
-                try:
-                    with stop.interrupting("loading the model"):
-                        engine, load_s = choice.open(say)
-                except StoppedError:
-                    ledger.close(stop.ended)
-                    raise
-                ledger.loaded(load_s)
-                progress = Progress(ledger.num_answers, ledger.tally, quiet=quiet)
-                with closing(progress), closing(engine), watch.watching(log):
-                    runner = Runner(
-                        encode=encoder.encode,
-                        engine=engine,
-                        ledger=ledger,
-                        render=partial(render, keep_fields=spec.output.keep_fields),
-                        num_samples=spec.generation.num_samples,
-                        stop=stop,
-                        beat=watch.beat,
-                        observe=progress.show,
-                        max_attempts=spec.run.max_attempts,
-                        save_unfinished_s=None if spec.generation.deterministic else spec.run.save_unfinished,
-                    )
-                    if ledger.has_suspects:
-                        say("a fault ended an earlier session: what was in flight is tried one by one")
-                        runner.run_alone(_prompts(spec, parser, files, limit, ledger.next_suspect_item))
-                    runner.run(_prompts(spec, parser, files, limit, ledger.next_unanswered_item))
+                runner = Runner(
+                    encode=encoder.encode,
+                    engine=None,
+                    ledger=ledger,
+                    render=partial(render, keep_fields=spec.output.keep_fields),
+                    num_samples=spec.generation.num_samples,
+                    stop=stop,
+                    beat=watch.beat,
+                    observe=_silence,
+                    max_attempts=spec.run.max_attempts,
+                    save_unfinished_s=None if spec.generation.deterministic else spec.run.save_unfinished,
+                )
+                if runner.settle(_prompts(spec, parser, files, limit, ledger.next_unanswered_item)):
+                    try:
+                        with stop.interrupting("loading the model"):
+                            engine, load_s = choice.open(say)
+                    except StoppedError:
+                        ledger.close(stop.ended)
+                        raise
+                    ledger.loaded(load_s)
+                    progress = Progress(ledger.num_answers, ledger.tally, quiet=quiet)
+                    with closing(progress), closing(engine), watch.watching(log):
+                        runner = replace(runner, engine=engine, observe=progress.show)
+                        if ledger.has_suspects:
+                            say("a fault ended an earlier session: what was in flight is tried one by one")
+                            runner.run_alone(_prompts(spec, parser, files, limit, ledger.next_suspect_item))
+                        runner.run(_prompts(spec, parser, files, limit, ledger.next_unanswered_item))
             if not ledger.is_complete:
                 ledger.close(stop.ended)
                 say(f"stopped ({stop.reason}); run the same command again to resume")
@@ -257,5 +259,5 @@ def say_to_stderr(text: str) -> None:
     sys.stderr.flush()
 
 
-def _silence(_text: str) -> None:
+def _silence(_told: object) -> None:
     pass

@@ -23,12 +23,12 @@ _FAULTS = {
 class Runner:
     """The parts of one run. `observe` sees the tally after each commit: what it shows is on disk.
 
-    `beat` is called whenever something has moved. The tokens of unfinished answers are saved every
-    `save_unfinished_s` and at a stop, and taken up again; never where that is None.
+    `settle` does without an engine. `beat` is called whenever something has moved. The tokens of unfinished answers are
+    saved every `save_unfinished_s` and at a stop, and taken up again; never where that is None.
     """
 
     encode: Callable[[Prompt], Request | Rejection]
-    engine: Engine
+    engine: Engine | None
     ledger: Ledger
     render: Callable[[Completion], bytes]
     num_samples: int
@@ -39,6 +39,17 @@ class Runner:
     save_unfinished_s: float | None
     _save_at: float = 0.0
     _num_out_of_memory: int = 0  # events of the engine that the ledger knows
+
+    def settle(self, prompts: Iterable[Prompt | Rejection]) -> bool:
+        """Answer what takes no engine, bad lines and suspects that are given up, as far as no other answer is missing
+        before them; whether one is. So a model is not loaded to say that nothing is left for it."""
+        for request in self._requests(prompts):
+            if (error := self._giving_up(request)) is None:
+                self._commit()
+                return True
+            self._take(Completion.failed(request.item, request.sample, error))
+        self._commit()
+        return False
 
     def run(self, prompts: Iterable[Prompt | Rejection]) -> None:
         """Answer every prompt that has no answer yet, or as many as come before the stop; what is finished is kept."""
@@ -51,21 +62,25 @@ class Runner:
         One that was in flight at `max_attempts` deaths, and alone at one of them, is answered with the error.
         """
         for request in self._requests(prompts):
-            index, sample = request.item.index, request.sample
-            charges = self.ledger.charges(index, sample)
-            if not charges:
+            if not self.ledger.charges(request.item.index, request.sample):
                 continue
-            if len(charges) >= self.max_attempts and any(charge.alone for charge in charges):
-                cause, attempts = charges[-1].cause, len(charges)
-                message = (
-                    f"{_FAULTS[cause]} while this line was answered, in {attempts} attempts; it is not tried again"
-                )
-                self._take(Completion.failed(request.item, sample, ItemError(cause, message, attempts)))
+            if (error := self._giving_up(request)) is not None:
+                self._take(Completion.failed(request.item, request.sample, error))
             else:
                 self._answer(iter([request]))
             self._commit()
 
+    def _giving_up(self, request: Request) -> ItemError | None:
+        """The error that answers a suspect which is not tried again."""
+        charges = self.ledger.charges(request.item.index, request.sample)
+        if len(charges) < self.max_attempts or not any(charge.alone for charge in charges):
+            return None
+        cause, attempts = charges[-1].cause, len(charges)
+        message = f"{_FAULTS[cause]} while this line was answered, in {attempts} attempts; it is not tried again"
+        return ItemError(cause, message, attempts)
+
     def _answer(self, requests: Iterator[Request]) -> None:
+        assert self.engine is not None
         self._schedule_save()
         with closing(self.engine.generate(self.ledger.admitting(requests))) as completions:
             for completion in completions:
@@ -95,7 +110,7 @@ class Runner:
         return () if self.save_unfinished_s is None else self.ledger.unfinished.get((index, sample), ())
 
     def _save(self) -> None:
-        if self.save_unfinished_s is not None:
+        if self.save_unfinished_s is not None and self.engine is not None:
             self.ledger.save_unfinished(self.engine.unfinished())
         self._schedule_save()
 
@@ -116,7 +131,7 @@ class Runner:
         self.observe(self.ledger.tally)
 
     def _count_out_of_memory(self) -> None:
-        events = self.engine.out_of_memory_events
+        events = self.engine.out_of_memory_events if self.engine is not None else 0
         if events != self._num_out_of_memory:
             self.ledger.count_out_of_memory(events - self._num_out_of_memory)
             self._num_out_of_memory = events

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pipeline.stop import Stop
 
 LOW_MEMORY = "low_memory"
+STALLED_CODE = 1  # what the interpreter's timer ends the process with
 _LOOK_S = 1.0  # between two looks at the memory
 _REARM_S = 1.0  # least time between two settings of the timer, each of which starts a thread
 _MOST_RESERVE = 256 << 20  # half of what the plan leaves free at least

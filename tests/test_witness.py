@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.ledger.witness import Witness
+from pipeline.ledger.witness import Witness, note_death
 from pipeline.records import Json
 
 PROGRAM = """
 import ctypes, json, os, signal, sys, time
 from pathlib import Path
-from pipeline.ledger.witness import Witness
+from pipeline.ledger.witness import Witness, note_death
 from pipeline.stop import Stop
 from pipeline.watch import Watch
 witness = Witness(Path(sys.argv[1]))
@@ -67,6 +67,17 @@ def test_only_what_the_session_itself_left_is_its_evidence(tmp_path: Path) -> No
     log = tmp_path / "x.log"
     assert end_of(log, "os.abort()")[1] == "crashed"
     assert end_of(log, "os.kill(os.getpid(), signal.SIGKILL)")[1] is None
+
+
+def test_what_a_parent_saw_is_evidence_where_it_is_a_crash(tmp_path: Path) -> None:
+    log = tmp_path / "x.log"
+    mark = Witness(log).mark()
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        note_death(log, number)
+    assert Witness(log).cause(mark) is None and not log.exists()
+    note_death(log, signal.SIGSYS)
+    assert Witness(log).cause(mark) == "crashed"
+    assert Witness(log).cause(Witness(log).mark()) is None
 
 
 def counted(count: int, of: str = "this boot, this group") -> Mapping[str, Json]:

@@ -2,13 +2,15 @@
 
 At its beginning a session notes how far X.log and the system's counter of processes killed for memory are. Whoever
 takes up the run after its death compares: the interpreter writes to X.log when it crashes and when it is ended because
-nothing moved. Anything else (SIGKILL by a person, a power cut) is no evidence.
+nothing moved; a supervisor adds what the interpreter could not. Anything else (SIGKILL by a person, a power cut) is no
+evidence.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import sys
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,6 +24,20 @@ Cause = Literal["crashed", "stalled", "out_of_memory"]
 
 # What faulthandler writes first: before the traceback of a fatal signal, and when its timer ends the process.
 _CRASH, _STALL = b"Fatal Python error", b"Timeout ("
+_SEEN = b"Fatal signal: "  # what a supervisor writes
+_FATAL = frozenset(
+    getattr(signal, name)
+    for name in ("SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGSYS", "SIGTRAP")
+    if hasattr(signal, name)
+)
+
+
+def note_death(log: Path, number: int) -> None:
+    """Write to a run's log that its process was killed by signal `number`, where that is a crash: the interpreter
+    itself says nothing where its own stack is gone. What cannot be written is no evidence."""
+    if number in _FATAL:
+        with suppress(OSError), log.open("ab") as file:
+            file.write(_SEEN + signal.Signals(number).name.encode() + b", as its supervisor saw\n")
 
 
 def nothing_counted() -> Mapping[str, Json] | None:
@@ -52,7 +68,7 @@ class Witness:
         written = self._log_from(mark["log_bytes"])
         if _STALL in written:
             return "stalled"
-        if _CRASH in written:
+        if _CRASH in written or _SEEN in written:
             return "crashed"
         before, now = mark["oom_kills"], self._oom_kills()
         if before is not None and now is not None and before["of"] == now["of"] and now["count"] > before["count"]:
