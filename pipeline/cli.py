@@ -95,13 +95,29 @@ def plan(
     machine: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Plan for the machine that this file describes.")
     ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Load the model and time a few steps, for the time to be known.")
+    ] = False,
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0.0, metavar="PRICE", help="Of the machine; the plan says what the run costs.")
+    ] = None,
+    sample: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Most lines to tokenize, evenly spread; all are checked.")
+    ] = 20_000,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a run would do, and why, without doing it."""
+    """Say what a run would do, how long it would take and what it would refuse, without doing it."""
     from pipeline.spec.job_file import load_spec
     from pipeline.tools.plan import plan_job
 
-    report = plan_job(load_spec(job, overrides=overrides or ()), limit=limit, machine_file=machine)
+    report = plan_job(
+        load_spec(job, overrides=overrides or ()),
+        limit=limit,
+        machine_file=machine,
+        measure=measure,
+        price_per_hour=price_per_hour,
+        sample=sample,
+    )
     if as_json:
         _print_json(report.to_json())
     else:

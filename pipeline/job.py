@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import __version__
 from pipeline.errors import EXIT_OK, EXIT_SOME_FAILED, StoppedError
+from pipeline.forecast.forecast import Forecast
+from pipeline.forecast.session import Expectation
 from pipeline.ledger.files import Patience, RunPaths
 from pipeline.ledger.identity import Identity
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.recovery import find_finished
 from pipeline.ledger.witness import Witness
 from pipeline.output import render
-from pipeline.probe import count_oom_kills, memory_left
+from pipeline.probe import count_oom_kills, memory_held, memory_left
 from pipeline.progress import Preparation, Progress
-from pipeline.records import Json, Prompt, Rejection
+from pipeline.records import Engine, Json, Prompt, Rejection
 from pipeline.runner import Runner
 from pipeline.source.inputs import InputFile, expand_inputs
 from pipeline.source.line_parser import LineParser
@@ -88,8 +90,9 @@ def run_job(
             plan, choice = prepare(spec, facts)
             apply_environment(plan)
             encoder = choice.encoder()
+        expectation = Expectation(spec, plan, library_versions(plan.engine))
         watch = Watch(stop, stall_timeout_s=spec.run.stall_timeout, memory=memory_left, say=say)
-        witness = Witness(RunPaths(output).log, oom_kills=count_oom_kills)
+        witness = Witness(RunPaths(output).log, oom_kills=count_oom_kills, memory_held=memory_held)
         with (
             Ledger.open(
                 output,
@@ -102,8 +105,11 @@ def run_job(
             ) as ledger,
             witness.listening() as log,
         ):
+            before = replace(ledger.tally)  # the counts; they go on growing in place
             if not ledger.is_complete:
-                _say_beginning(ledger, plan, output, say)
+                num_done = before.completed + before.failed
+                forecast = expectation.forecast(ledger.num_answers, num_done, files, encoder.encode)
+                _say_beginning(ledger, plan, forecast, output, say)
                 runner = Runner(
                     encode=encoder.encode,
                     engine=None,
@@ -117,13 +123,7 @@ def run_job(
                     save_unfinished_s=None if spec.generation.deterministic else spec.run.save_unfinished,
                 )
                 if runner.settle(_prompts(spec, parser, files, limit, ledger.next_unanswered_item)):
-                    try:
-                        with stop.interrupting("loading the model"):
-                            engine, load_s = choice.open(say)
-                    except StoppedError:
-                        ledger.close(stop.ended)
-                        raise
-                    ledger.loaded(load_s)
+                    engine = _load(choice, ledger, expectation.conditions(forecast), stop, say)
                     progress = Progress(ledger.num_answers, ledger.tally, quiet=quiet)
                     with closing(progress), closing(engine), watch.watching(log):
                         runner = replace(runner, engine=engine, observe=progress.show)
@@ -133,6 +133,7 @@ def run_job(
                         runner.run(_prompts(spec, parser, files, limit, ledger.next_unanswered_item))
             if not ledger.is_complete:
                 ledger.close(stop.ended)
+                expectation.learn(before, ledger.tally, ledger.sessions[-1])
                 say(f"stopped ({stop.reason}); run the same command again to resume")
                 return Outcome(StoppedError.exit_code, output, None)
             told = _summary_facts(spec, plan, ledger.input_sha256)
@@ -141,6 +142,7 @@ def run_job(
                 return summarize(tally, sessions, {**told, "output_sha256": output_sha256})
 
             summary = ledger.publish(conclude, summary_line=spec.output.summary_line)
+            expectation.learn(before, ledger.tally, ledger.sessions[-1])
     _say_end(output, summary, say)
     return _finished(output, summary)
 
@@ -184,6 +186,18 @@ def prepare(
 
     plan = make_plan(spec, machine or probe_machine(), facts, stats)
     return plan, choose_engine(spec, plan, facts)
+
+
+def _load(choice: EngineChoice, ledger: Ledger, conditions: Mapping[str, Json], stop: Stop, say: Say) -> Engine:
+    """The engine, with its model in memory, and the ledger told so. Raises StoppedError, and what loading raises."""
+    try:
+        with stop.interrupting("loading the model"):
+            engine, load_s = choice.open(say)
+    except StoppedError:
+        ledger.close(stop.ended)
+        raise
+    ledger.loaded(load_s, conditions)
+    return engine
 
 
 def job_identity(spec: JobSpec, files: tuple[InputFile, ...], limit: int | None) -> Identity:
@@ -234,13 +248,15 @@ def _finished(output: Path, summary: Mapping[str, Json]) -> Outcome:
     return Outcome(EXIT_SOME_FAILED if summary["failed"] else EXIT_OK, output, summary)
 
 
-def _say_beginning(ledger: Ledger, plan: Plan, output: Path, say: Say) -> None:
+def _say_beginning(ledger: Ledger, plan: Plan, forecast: Forecast | None, output: Path, say: Say) -> None:
     done = ledger.tally.completed + ledger.tally.failed
     if done:
         say(f"resuming {output}: {done} of {ledger.num_answers} answers are there")
     for decision in plan.decisions:
         if decision.name in _TOLD_DECISIONS:
             say(f"{decision.name}: {decision.value} ({decision.reason})")
+    if forecast is not None:
+        say(f"time: {forecast} of generation ({forecast.reason})")
 
 
 def _say_end(output: Path, summary: Mapping[str, Any], say: Say) -> None:

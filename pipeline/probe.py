@@ -138,6 +138,21 @@ def memory_left(root: Path = Path("/")) -> int | None:
     return min((each for each in left if each is not None), default=None)
 
 
+def memory_held() -> int:
+    """Bytes of memory that this process holds now (its resident set)."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def peak_memory_held() -> int:
+    """The most bytes of memory that this process has held so far."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # one counts bytes, all others kibibytes
+
+
 def count_oom_kills(root: Path = Path("/")) -> dict[str, Any] | None:
     """How many processes the kernel has killed for memory, and `of` which control group; None where it does not say.
 

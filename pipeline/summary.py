@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -20,7 +20,8 @@ _SMALLEST = 1e-9  # seconds; anything shorter, zero too, counts as this
 
 @dataclass(slots=True)
 class Histogram:
-    """A mergeable distribution of durations in seconds: exact count and sum, quantiles within 1 %."""
+    """A mergeable distribution of durations in seconds, or of lengths in tokens: exact count and sum, quantiles
+    within 1 %."""
 
     count: int = 0
     sum: float = 0.0
@@ -38,6 +39,11 @@ class Histogram:
         self.count += other.count
         self.sum += other.sum
 
+    def values(self) -> Iterator[tuple[float, int]]:
+        """Ascending values, each within 1 % of those that it stands for, with their counts."""
+        for bucket in sorted(self.buckets):
+            yield 2 * _BASE**bucket / (_BASE + 1), self.buckets[bucket]
+
     def mean(self) -> float:
         """Seconds; 0 of nothing."""
         return self.sum / self.count if self.count else 0.0
@@ -46,10 +52,10 @@ class Histogram:
         """Seconds, the value that `fraction` (0 to 1) of all values do not exceed; 0 of nothing."""
         rank = fraction * (self.count - 1)
         seen = 0
-        for bucket in sorted(self.buckets):
-            seen += self.buckets[bucket]
+        for value, count in self.values():
+            seen += count
             if seen > rank:
-                return 2 * _BASE**bucket / (_BASE + 1)
+                return value
         return 0.0
 
     def to_json(self) -> dict[str, Any]:

@@ -66,6 +66,7 @@ class Ledger:
         self._history, self._journal, self._partial = recovered
         self._num_samples = self._history.header.num_samples
         self.num_answers = self._history.header.num_answers
+        self._memory_held = witness.memory_held
         self._begin_group()
         self._generating_since = time.monotonic()
         self._num_appended = 0
@@ -162,10 +163,13 @@ class Ledger:
         """The deaths of processes that this answer, still missing, may have caused."""
         return self._history.suspects.get(self._number(index, sample), ())
 
-    def loaded(self, load_s: float) -> None:
-        """The model is loaded, which took `load_s` seconds; the session's generation time begins."""
+    def loaded(self, load_s: float, conditions: Mapping[str, Json] | None = None) -> None:
+        """The model is loaded, which took `load_s` seconds; the session's generation time begins.
+
+        `conditions` are kept for those who look at the run later: under what this session works.
+        """
         self._generating_since = time.monotonic()
-        self._record({"kind": "loaded", "load_s": load_s})
+        self._record({"kind": "loaded", "load_s": load_s, "conditions": conditions})
 
     def admit(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Note that these (index, sample) are about to be handed to the engine, so that a death has its suspects."""
@@ -227,6 +231,7 @@ class Ledger:
             "sha256": hashlib.sha256(data).hexdigest(),
             "numbers": write_runs(self._group),
             "failed": write_runs(self._group_failed),
+            "memory_bytes": self._memory_held(),
             "tally": self._group_tally.to_json(),
             "elapsed_s": self._elapsed_s(),
         }

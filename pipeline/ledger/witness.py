@@ -40,7 +40,7 @@ def note_death(log: Path, number: int) -> None:
             file.write(_SEEN + signal.Signals(number).name.encode() + b", as its supervisor saw\n")
 
 
-def nothing_counted() -> Mapping[str, Json] | None:
+def nothing_counted() -> None:
     return None
 
 
@@ -55,9 +55,11 @@ class Witness:
         log: Path,
         *,
         oom_kills: Callable[[], Mapping[str, Json] | None] = nothing_counted,
+        memory_held: Callable[[], int | None] = nothing_counted,
     ) -> None:
         self._log = log
         self._oom_kills = oom_kills
+        self.memory_held = memory_held  # bytes that this process holds now; None where nothing tells
 
     def mark(self) -> Mapping[str, Json]:
         """What to note at the beginning of a session."""

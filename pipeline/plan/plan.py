@@ -56,6 +56,7 @@ class Plan:
     environment: tuple[tuple[str, str], ...]
     budgets: tuple[Budget, ...]
     decisions: tuple[Decision, ...]
+    speed_key: tuple[tuple[str, str], ...]  # what its speed depends on, the libraries' versions apart
 
     def explain(self) -> str:
         """The plan as a table for people: each decision with its reason, then memory by device and part."""
@@ -72,7 +73,11 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values, sizes in bytes."""
         budgets = [asdict(budget) | {"needed_bytes": budget.needed_bytes} for budget in self.budgets]
-        return asdict(self) | {"environment": dict(self.environment), "budgets": budgets}
+        return asdict(self) | {
+            "environment": dict(self.environment),
+            "budgets": budgets,
+            "speed_key": dict(self.speed_key),
+        }
 
 
 def make_plan(
@@ -129,6 +134,20 @@ def make_plan(
         environment=tuple((made.name, made.value) for made in environment),
         budgets=fit.budgets,
         decisions=tuple(decisions),
+        speed_key=(
+            *_hardware(machine),
+            ("model", facts.architecture.name),
+            ("parameters", str(facts.num_parameters)),
+            ("bytes on disk", str(facts.disk_bytes)),
+            ("load strategy", strategy),
+            ("experts on the GPU", str(placement.num_expert_layers_on_gpu)),
+            ("experts on disk", str(placement.num_streamed_layers)),
+            ("dtype", dtype),
+            ("weights", placement.form),
+            ("activation", spec.model.activation),
+            ("deterministic", str(spec.generation.deterministic)),
+            ("threads", str(num_threads)),
+        ),
     )
 
 
@@ -156,7 +175,16 @@ def _echo_plan(spec: JobSpec, machine: Machine) -> Plan:
             Decision("engine", "echo", "as asked: every prompt is answered with itself, without a model"),
             Decision("slots", str(slots), why_slots),
         ),
+        speed_key=(*_hardware(machine), ("echo", repr(spec.model.echo))),
     )
+
+
+def _hardware(machine: Machine) -> Iterator[tuple[str, str]]:
+    """What of a machine decides how fast it is, its name apart: in a container that is another one every day."""
+    yield "cores", str(machine.usable_cores)
+    yield "processors", str(machine.logical_cpus)
+    yield "processor features", " ".join(sorted(machine.cpu_features))
+    yield "GPUs", ", ".join(gpu.name for gpu in machine.gpus)
 
 
 def _check_quantization(facts: ModelFacts) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -11,6 +12,8 @@ from statistics import median
 from typing import Any
 
 from pipeline.errors import DataError, NotFoundError, Problem
+from pipeline.forecast.forecast import Speed
+from pipeline.forecast.speeds import SpeedBook, lengths_of
 from pipeline.job import library_versions
 from pipeline.probe import probe_machine
 from pipeline.source.inputs import expand_inputs
@@ -84,6 +87,22 @@ class Result:
     def same_answers(self) -> bool:
         return len({one.answers_sha256 for one in self.wholes}) == 1
 
+    def speed(self, lengths_of: str) -> Speed:
+        """What the next plan may learn from this."""
+        one = self.introduction
+        return Speed(
+            measured_at=time.time(),
+            source="bench",
+            num_answers=one.num_requests,
+            prompt_tokens=self.wholes[-1].prompt_tokens,
+            output_tokens=self.wholes[-1].output_tokens,
+            concurrency=min(one.slots, one.num_requests),
+            generation_s=self.duration_s,
+            prefill_s=self.prefill_s,
+            load_s=one.load_s,
+            lengths_of=lengths_of,
+        )
+
     def rules(self) -> list[Rule]:
         """What makes the figures count."""
         num_failed = max(one.num_failed for one in self.wholes) + self.introduction.num_rejected
@@ -106,7 +125,7 @@ class Result:
     def to_json(self) -> dict[str, Any]:
         whole = self.wholes[-1]
         return {
-            **asdict(self.introduction),
+            **{name: value for name, value in asdict(self.introduction).items() if name != "speed_key"},
             "durations_s": [round(one.duration_s, 4) for one in self.wholes],
             "prefill_durations_s": [round(one.duration_s, 4) for one in self.prefills],
             "duration_s": round(self.duration_s, 4),
@@ -241,13 +260,15 @@ def bench_job(
             Result(contestant.introduction, *passes)
             for contestant, *passes in zip(contestants, prefills, wholes, strict=True)
         ]
+    versions = library_versions(results[0].introduction.engine)
+    SpeedBook(results[0].introduction.speed_key, versions).write(results[0].speed(lengths_of(spec)))
     facts = {
         "job": spec.name,
         "spec_fingerprint": fingerprint(spec),
         "input_sha256": data.sha256,
         "num_items": data.num_items if limit is None else min(limit, data.num_items),
         "machine": probe_machine().name,
-        "versions": library_versions(results[0].introduction.engine),
+        "versions": versions,
     }
     return Benchmark(facts, results[0], results[1] if stock else None)
 

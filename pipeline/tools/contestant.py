@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 from pipeline.errors import DataError, OvernightError, Problem
 from pipeline.job import locate_model, prepare, say_to_stderr
+from pipeline.probe import peak_memory_held
 from pipeline.records import Completion, Engine, Prompt, Request
 from pipeline.source.inputs import expand_inputs
 from pipeline.source.line_parser import LineParser
@@ -40,6 +41,7 @@ class Introduction:
     load_s: float
     num_requests: int
     num_rejected: int  # lines that no engine sees
+    speed_key: tuple[tuple[str, str], ...] = field(repr=False)  # of its plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,7 @@ def _load(spec: JobSpec, limit: int | None, stock: bool) -> tuple[Engine, list[R
         load_s=round(load_s, 3),
         num_requests=len(requests),
         num_rejected=num_rejected,
+        speed_key=plan.speed_key,
     )
     return engine, requests, introduction
 
@@ -193,7 +196,7 @@ def run_pass(engine: Engine, requests: Sequence[Request], slots: int) -> Pass:
         occupancy=occupancy(answers, slots),
         answers_sha256=hashlib.sha256("".join(digests).encode()).hexdigest(),
         answer_digests=digests,
-        peak_host_bytes=_peak_host_bytes(),
+        peak_host_bytes=peak_memory_held(),
     )
 
 
@@ -219,11 +222,3 @@ def _digest(answer: Completion) -> str:
     tokens = answer.usage.completion_tokens if answer.usage else 0
     said = (answer.item.index, answer.sample, answer.text, answer.reasoning, answer.finish_reason, tokens)
     return hashlib.sha256(repr(said).encode()).hexdigest()
-
-
-def _peak_host_bytes() -> int:
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return cast("int", peak) if sys.platform == "darwin" else peak * 1024
