@@ -226,6 +226,46 @@ def doctor(
     raise typer.Exit(diagnosis.exit_code)
 
 
+@app.command(
+    epilog="Examples: overnight chat jobs/quickstart.yaml; "
+    "overnight chat jobs/quickstart.yaml --once 'Name a planet.'; "
+    "overnight chat jobs/quickstart.yaml --once - < prompt.txt"
+)
+def chat(
+    job: JobFile,
+    overrides: Overrides = None,
+    once: Annotated[
+        str | None,
+        typer.Option(metavar="PROMPT", help="Answer this prompt and leave; - reads it from standard input."),
+    ] = None,
+    hide_thinking: Annotated[bool, typer.Option("--hide-thinking", help="Do not show what the model thinks.")] = False,
+    quiet: Quiet = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --once: the answer as a record, as in a run's output.")
+    ] = False,
+) -> None:
+    """Talk to the job's model: same placement, template and thinking mode as a run.
+
+    /help lists the commands of a conversation. Ctrl-C stops an answer, Ctrl-D leaves. With --once the answer is on
+    standard output, all else on standard error; exit code 3 if it is an error.
+    """
+    from contextlib import closing
+
+    from pipeline.spec.job_file import load_spec
+    from pipeline.tools import chat_terminal as terminal
+    from pipeline.tools.chat import Chat
+
+    if as_json and once is None:
+        raise UsageError("--json needs --once")
+    prompt = None if once is None else terminal.read_prompt(once)
+    with closing(Chat(load_spec(job, overrides=overrides or ()), quiet=quiet)) as session:
+        if prompt is not None:
+            code = terminal.answer_once(session, prompt, say=_say, hide_thinking=hide_thinking, as_json=as_json)
+        else:
+            code = terminal.Dialogue(session, say=_say, hide_thinking=hide_thinking).run()
+    raise typer.Exit(code)
+
+
 @app.command(epilog="Example: overnight schema > job.schema.json")
 def schema() -> None:
     """Print the JSON Schema of the job file, for editors."""

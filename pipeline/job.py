@@ -252,8 +252,13 @@ def _say_beginning(ledger: Ledger, plan: Plan, forecast: Forecast | None, output
     done = ledger.tally.completed + ledger.tally.failed
     if done:
         say(f"resuming {output}: {done} of {ledger.num_answers} answers are there")
+    say_decisions(plan, say, _TOLD_DECISIONS)
+
+
+def say_decisions(plan: Plan, say: Say, names: Sequence[str]) -> None:
+    """Tell those of the plan's decisions, each with its reason."""
     for decision in plan.decisions:
-        if decision.name in _TOLD_DECISIONS:
+        if decision.name in names:
             say(f"{decision.name}: {decision.value} ({decision.reason})")
     if forecast is not None:
         say(f"time: {forecast} of generation ({forecast.reason})")

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from pipeline.spec.keys import JobSpec
 
 if TYPE_CHECKING:
     from pipeline.facts.model_facts import ModelFacts
-    from pipeline.prompting.encoder import PromptEncoder
+    from pipeline.prompting.encoder import PromptEncoder, ThinkingTags
 
 Report = Callable[[str], None]  # takes a sentence for the user
 
@@ -24,11 +24,17 @@ _ECHO_CONTEXT_LENGTH = 1 << 20
 
 
 class Encoder(Protocol):
-    """Prompts to requests, and to the text that a model would see."""
+    """Prompts to requests and to the text that a model would see; the tokens of an answer to its text."""
+
+    thinking: ThinkingTags | None
+    takes_conversations: bool  # False: the model has no chat template, or none is applied
 
     def encode(self, prompt: Prompt) -> Request | Rejection: ...
 
     def render(self, prompt: Prompt) -> str | Rejection: ...
+
+    @property
+    def decode(self) -> Callable[[Sequence[int]], str]: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline.engines.reply import Vocabulary
+from pipeline.prompting.tokenizer import decode_answer
 
 if TYPE_CHECKING:
     from pipeline.prompting.encoder import ThinkingTags
@@ -14,16 +15,12 @@ if TYPE_CHECKING:
 
 def vocabulary_of(model: Any, tokenizer: Any, thinking: ThinkingTags | None) -> Vocabulary:
     """The end tokens are those of the model's generation configuration and of its tokenizer."""
-
-    def decode(token_ids: Sequence[int]) -> str:
-        return tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
     generation_config = getattr(model, "generation_config", None)
     named = getattr(generation_config, "eos_token_id", None)
     end_ids = [*named] if isinstance(named, list | tuple) else [named]
     end_ids.append(tokenizer.eos_token_id)  # a chat model's end of turn is sometimes named here alone
     return Vocabulary(
-        decode=decode,
+        decode=partial(decode_answer, tokenizer),
         end_ids=frozenset(token for token in end_ids if token is not None),
         open_id=thinking.open_id if thinking else None,
         close_id=thinking.close_id if thinking else None,

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.errors import Problem, SpecError
 from pipeline.prompting.chat_template import ChatTemplate, TemplateRefusal, ThinkingMode, thinking_error
 from pipeline.prompting.control_tokens import ControlTokens
 from pipeline.prompting.length_limit import LengthLimit, OverLength, PromptRefused
-from pipeline.prompting.tokenizer import ThinkingTags, find_thinking, load_tokenizer
+from pipeline.prompting.tokenizer import ThinkingTags, decode_answer, find_thinking, load_tokenizer
 from pipeline.records import Message, Prompt, Rejection, Request
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ class PromptEncoder:
     between, and the tokenizer adds its own first token (BOS) where it has one.
 
     `context_length` counts prompt and answer tokens together. A prompt of that length or more is over length: refused,
-    or its content cut (see `LengthLimit`). `.thinking` holds the model's reasoning tags, or None.
+    or its content cut (see `LengthLimit`). `.thinking` holds the model's reasoning tags, or None, and
+    `.decode` gives the text of an answer's tokens.
 
     Raises SpecError for a thinking mode or chat template that this model cannot give.
     """
@@ -56,6 +57,8 @@ class PromptEncoder:
             self._options = self._template.thinking_options(thinking_mode, self.thinking)
         elif thinking_mode == "on" or (thinking_mode == "off" and self.thinking is not None):
             raise thinking_error(f"{thinking_mode} needs the model's chat template, and none is applied")
+        self.takes_conversations = self._template is not None
+        self.decode = partial(decode_answer, tokenizer)
         self._tokenizer = tokenizer.backend_tokenizer
         self._tokenizer.no_truncation()  # a tokenizer file can have either baked in
         self._tokenizer.no_padding()
@@ -172,6 +175,7 @@ class BytesEncoder:
     """
 
     thinking: ThinkingTags | None = None
+    takes_conversations = True
 
     def __init__(self, *, context_length: int, over_length: OverLength = "error") -> None:
         self._limit = LengthLimit(context_length, over_length)
@@ -186,6 +190,10 @@ class BytesEncoder:
         except PromptRefused as refused:
             return Rejection(prompt.item, refused.error)
         return Request(prompt.item, 0, tuple(ids), settings)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of these bytes."""
+        return bytes(token_ids).decode(errors="replace")
 
     def render(self, prompt: Prompt) -> str | Rejection:
         """The text that is encoded, before any cut to length."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,6 +46,13 @@ def find_thinking(tokenizer: PreTrainedTokenizerFast) -> ThinkingTags | None:
         if open_id in ids and close_id in ids:
             return ThinkingTags(open_id, close_id, open_text, close_text)
     return None
+
+
+def decode_answer(tokenizer: PreTrainedTokenizerFast, token_ids: Sequence[int]) -> str:
+    """The text of generated tokens without special tokens and without tidied spaces."""
+    text = tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)  # for one row of tokens
+    return text
 
 
 def load_tokenizer(model_dir: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
