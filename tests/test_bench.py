@@ -25,6 +25,7 @@ INTRODUCTION = Introduction(
     load_s=1.0,
     num_requests=64,
     num_rejected=0,
+    speed_key=(("model", "m"),),
 )
 WHOLE = Pass(
     duration_s=20.0,
@@ -54,6 +55,13 @@ def test_rates_are_those_of_the_median_pass_and_decoding_is_what_prefill_does_no
     assert found.prefill_throughput == pytest.approx(1000 / 4)
     assert found.decode_throughput == pytest.approx(2000 / 16)
     assert broken(found) == []
+
+
+def test_a_benchmark_leaves_its_speed_for_the_next_plan() -> None:
+    speed = result().speed("lengths")
+    assert (speed.generation_s, speed.prefill_s) == (20.0, 4.0)
+    assert (speed.prompt_tokens, speed.output_tokens, speed.concurrency) == (1000, 2064, 32)
+    assert "speed_key" not in result().to_json()
 
 
 def test_decoding_within_the_noise_has_no_rate() -> None:

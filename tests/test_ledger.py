@@ -158,6 +158,7 @@ class Told(Witness):
     """Says of every death what it was told to say."""
 
     def __init__(self, cause):
+        super().__init__(Path("none.log"))
         self._told = cause
 
     def mark(self):
