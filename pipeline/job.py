@@ -253,6 +253,8 @@ def _say_beginning(ledger: Ledger, plan: Plan, forecast: Forecast | None, output
     if done:
         say(f"resuming {output}: {done} of {ledger.num_answers} answers are there")
     say_decisions(plan, say, _TOLD_DECISIONS)
+    if forecast is not None:
+        say(f"time: {forecast} of generation ({forecast.reason})")
 
 
 def say_decisions(plan: Plan, say: Say, names: Sequence[str]) -> None:
@@ -260,8 +262,6 @@ def say_decisions(plan: Plan, say: Say, names: Sequence[str]) -> None:
     for decision in plan.decisions:
         if decision.name in names:
             say(f"{decision.name}: {decision.value} ({decision.reason})")
-    if forecast is not None:
-        say(f"time: {forecast} of generation ({forecast.reason})")
 
 
 def _say_end(output: Path, summary: Mapping[str, Any], say: Say) -> None:
