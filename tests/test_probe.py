@@ -12,7 +12,7 @@ import pytest
 
 from pipeline import probe
 from pipeline.machine import Cgroup, Gpu
-from pipeline.probe import count_cores, probe_machine, read_cgroup, read_cpu_features
+from pipeline.probe import count_cores, count_oom_kills, memory_left, probe_machine, read_cgroup, read_cpu_features
 
 GIB = 1 << 30
 
@@ -102,6 +102,49 @@ def test_version_1_without_limits(tmp_path: Path) -> None:
         },
     )
     assert read_cgroup(root) == Cgroup(version=1)
+
+
+def test_what_is_left_is_the_least_of_the_machine_and_every_group_on_the_way_up(tmp_path: Path) -> None:
+    files = {"a/b/memory.max": 8 * GIB, "a/b/memory.current": 5 * GIB, "a/memory.max": 16 * GIB}
+    root = version_2(tmp_path, "/a/b", {**files, "a/memory.current": 6 * GIB})
+    assert memory_left(root) == 3 * GIB
+    # All of the page cache counts as free, unlike in a plan: the weights of a model that is mapped are cache.
+    tree(root, {"sys/fs/cgroup/a/b/memory.stat": f"inactive_file {GIB}\nactive_file {GIB}"})
+    assert memory_left(root) == 5 * GIB
+    tree(root, {"sys/fs/cgroup/a/memory.current": 15 * GIB})
+    assert memory_left(root) == GIB
+    tree(root, {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 2048 kB"})
+    assert memory_left(root) == 2 << 20
+    tree(root, {"sys/fs/cgroup/a/memory.current": 17 * GIB})
+    assert memory_left(root) == 0
+
+
+def test_what_is_left_in_a_group_of_version_1(tmp_path: Path) -> None:
+    files: dict[str, str | int] = {"proc/self/cgroup": "4:memory:/box", "proc/meminfo": f"MemAvailable: {GIB} kB"}
+    box = "sys/fs/cgroup/memory/box/memory"
+    root = tree(tmp_path, {**files, f"{box}.limit_in_bytes": 2 * GIB, f"{box}.usage_in_bytes": GIB})
+    tree(root, {f"{box}.stat": f"total_inactive_file {GIB // 4}\ntotal_active_file {GIB // 8}"})
+    assert memory_left(root) == GIB + GIB // 4 + GIB // 8
+    tree(root, {f"{box}.limit_in_bytes": 0x7FFFFFFFFFFFF000})
+    assert memory_left(root) == GIB << 10
+
+
+def test_where_nothing_tells_how_much_is_left(tmp_path: Path) -> None:
+    assert memory_left(tmp_path) is None
+    assert count_oom_kills(tmp_path) is None
+
+
+def test_kills_for_memory_are_those_of_our_own_group(tmp_path: Path) -> None:
+    boot = {"proc/sys/kernel/random/boot_id": "this-boot", "proc/vmstat": "pgpgin 5\noom_kill 7"}
+    assert count_oom_kills(tree(tmp_path / "no group", boot)) == {"of": "this-boot", "count": 7}
+    root = version_2(tmp_path / "2", "/a", {"a/memory.events": "oom 3\noom_kill 2", "memory.events": "oom_kill 9"})
+    second = count_oom_kills(tree(root, boot))
+    files: dict[str, str | int] = {"proc/self/cgroup": "4:memory:/box", "sys/fs/cgroup/memory/memory.limit_in_bytes": 5}
+    root = tree(tmp_path / "1", {**files, "sys/fs/cgroup/memory/box/memory.oom_control": "under_oom 0\noom_kill 1"})
+    first = count_oom_kills(tree(root, boot))
+    assert second and first
+    assert (second["count"], first["count"]) == (2, 1)
+    assert second["of"] != first["of"]  # counters of two groups are never compared
 
 
 def test_hyper_threads_of_a_core_count_once(tmp_path: Path) -> None:

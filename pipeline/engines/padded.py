@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.engines import self_check
 from pipeline.engines.batch import Batch, CausalModel
 from pipeline.engines.failures import NOT_FINITE, is_fatal, item_error, release_memory
+from pipeline.engines.headroom import Headroom
 from pipeline.engines.row import Row
 from pipeline.engines.sampling import Sampler, stream_key
 from pipeline.engines.vocabulary import pad_id_of, vocabulary_of
@@ -49,8 +50,7 @@ class PaddedEngine:
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary_of(model, tokenizer, thinking)
         self._pad_id = pad_id_of(tokenizer, self._vocabulary)
-        self._slots = slots
-        self._most_rows = slots  # fewer after memory ran out
+        self._rows = Headroom(slots)
         self._cache_tokens = cache_tokens
         self._window = max(window, 1)
         self._report = report
@@ -63,7 +63,7 @@ class PaddedEngine:
                 self._in_flight = {row.key: row for row in window}
                 waiting = sorted(window, key=lambda row: row.num_most, reverse=True)
                 while waiting:
-                    num_rows = batch_size([_size(row) for row in waiting], self._most_rows, self._cache_tokens)
+                    num_rows = batch_size([_size(row) for row in waiting], self._rows.most, self._cache_tokens)
                     yield from self._run(waiting[:num_rows])
                     del waiting[:num_rows]
         finally:
@@ -105,8 +105,8 @@ class PaddedEngine:
             error = item_error(exception, *max(_size(row) for row in rows))
         left = [row for row in rows if row.key in self._in_flight]
         if not left:
-            if len(rows) >= self._most_rows:
-                self._most_rows = min(self._most_rows + self._most_rows // 4 + 1, self._slots)
+            if len(rows) >= self._rows.most:
+                self._rows.grow(len(rows))
             return
         if error.type == "out_of_memory":
             self._give_way(len(rows))
@@ -124,8 +124,8 @@ class PaddedEngine:
         release_memory()
         self.out_of_memory_events += 1
         if num_rows > 1:
-            self._most_rows = num_rows // 2
-            self._report(f"out of memory with {num_rows} rows together; going on with {self._most_rows}")
+            self._rows.shrink(num_rows)
+            self._report(f"out of memory with {num_rows} rows together; going on with {self._rows.most}")
 
     def _decode(self, rows: Sequence[Row]) -> Generator[Completion | None]:
         """Answer these rows together; those whose scores are not numbers are left in flight."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.engines import self_check
 from pipeline.engines.failures import NOT_FINITE, is_fatal, item_error, release_memory
+from pipeline.engines.headroom import Headroom
 from pipeline.engines.packed_model import PackedModel
 from pipeline.engines.prefixes import Prefixes
 from pipeline.engines.row import Row
@@ -57,7 +58,8 @@ class SlotEngine:
         self._slots = slots
         self._cache_tokens = cache_tokens
         self._window = window
-        self._full_step_tokens = self._step_tokens = max(step_tokens, slots)  # fewer after memory ran out
+        self._rows = Headroom(slots)
+        self._step_tokens = Headroom(max(step_tokens, slots), least=_LEAST_STEP_TOKENS)
         self._report = report
         self._in_flight: dict[tuple[int, int], Row] = {}
         self.out_of_memory_events = 0
@@ -92,6 +94,7 @@ class SlotEngine:
     def _begin(self) -> None:
         self._in_flight = {}
         self._schedule: Schedule[Row] = Schedule(num_slots=self._slots, room_tokens=self._cache_tokens)
+        self._schedule.most_rows = self._rows.most
         self._prefixes: Prefixes[Row] = Prefixes()
 
     def _take(self, requests: Iterator[Request]) -> Iterator[Completion]:
@@ -121,7 +124,7 @@ class SlotEngine:
         for loan in self._prefixes.settle():
             self._model.cache.copy(loan.lender.start, loan.borrower.start, loan.num_tokens)
             loan.borrower.computed = loan.num_tokens
-        parts = self._schedule.parts(self._step_tokens, self._prefixes.held)
+        parts = self._schedule.parts(self._step_tokens.most, self._prefixes.held)
         for part in parts:
             part.seat.row.start()
         giving = [part.seat for part in parts if part.gives_token]
@@ -210,21 +213,22 @@ class SlotEngine:
             self._schedule.add(row)
 
     def _shrink(self, num_rows: int, num_tokens: int) -> None:
-        """Memory ran out in a step of so many tokens: take half of it for a while."""
+        """Memory ran out in a step of so many rows and tokens: take half of it for a while."""
         release_memory()
-        self._schedule.most_rows = max(1, min(self._schedule.most_rows, num_rows) // 2)
-        self._step_tokens = max(num_tokens // 2, _LEAST_STEP_TOKENS)
+        self._rows.shrink(num_rows)
+        self._step_tokens.shrink(num_tokens)  # what is computed again keeps within it too
+        self._schedule.most_rows = self._rows.most
         self._report(
             f"out of memory with {num_rows} rows and {num_tokens} tokens in a step; going on with "
-            f"{self._schedule.most_rows} and {self._step_tokens}"
+            f"{self._rows.most} and {self._step_tokens.most}"
         )
 
     def _grow(self) -> None:
-        """An answer came to its end: what was taken back for lack of memory is tried again, a quarter at a time."""
-        schedule = self._schedule
-        if len(schedule.live) >= schedule.most_rows:
-            schedule.most_rows = min(schedule.most_rows + schedule.most_rows // 4 + 1, self._slots)
-            self._step_tokens = min(self._step_tokens + self._step_tokens // 4 + 1, self._full_step_tokens)
+        """An answer came to its end: what was taken back for lack of memory is tried again."""
+        if len(self._schedule.live) >= self._rows.most:
+            self._rows.grow()
+            self._step_tokens.grow()
+            self._schedule.most_rows = self._rows.most
 
     def _fail(self, row: Row, error: ItemError) -> Completion:
         del self._in_flight[row.key]

@@ -355,12 +355,8 @@ class Ledger:
         self._group_began = 0.0
 
     def _record(self, record: Record, *, sync: bool = False) -> None:
-        size = self._journal.file.size
+        # One whose sync fails may stay: it is true, and after it the journal takes no other.
         self._journal.append(record)
         if sync:
-            try:
-                self._journal.sync()
-            except BaseException:
-                self._journal.file.take_back(size)
-                raise
+            self._journal.sync()
         self._history.apply(record)

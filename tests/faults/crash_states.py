@@ -80,8 +80,9 @@ class Recorder(Files):
     """Does every operation but the syncs for real under `root`, and logs all of them.
 
     What lies under `root` at the start counts as being on the disk. `leave_out` is asked for each sync whether to leave
-    it out, and is given its site: the chain of functions that asked for it. The operation number `kill_at`, from 0,
-    raises Killed until `die` is called; `fail` may raise OSError instead of an operation, given its name and path.
+    it out, and is given its site: the chain of functions that asked for it; `leave_uncut` in the same way for each
+    truncate. The operation number `kill_at`, from 0, raises Killed until `die` is called; `fail` may raise OSError
+    instead of an operation, given its name and path.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Recorder(Files):
         root: Path,
         *,
         leave_out: Callable[[str], bool] | None = None,
+        leave_uncut: Callable[[str], bool] | None = None,
         kill_at: int | None = None,
         fail: Callable[[str, Path], None] | None = None,
     ) -> None:
@@ -96,9 +98,11 @@ class Recorder(Files):
         self.kill_at = kill_at
         self.fail = fail
         self.log: list[Operation] = []
-        self.sites: set[str] = set()
+        self.sites: set[str] = set()  # of syncs
+        self.cuts: set[str] = set()  # sites of truncates
         self.num_steps = 0
         self._leave_out = leave_out
+        self._leave_uncut = leave_uncut
         self._inodes: dict[str, int] = {}  # name → inode
         self._open: dict[int, tuple[int, Path]] = {}  # descriptor → inode
         self._num_inodes = 0
@@ -154,6 +158,10 @@ class Recorder(Files):
     def truncate(self, descriptor: int, size: int) -> None:
         inode, path = self._open[descriptor]
         self._step("truncate", path)
+        site = _site()
+        self.cuts.add(site)
+        if self._leave_uncut is not None and self._leave_uncut(site):
+            return
         super().truncate(descriptor, size)
         self.log.append(Truncate(inode, size))
 

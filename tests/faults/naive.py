@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import pipeline.job
 from pipeline.ledger.files import RunPaths
+from pipeline.ledger.history import Charge
 from pipeline.records import Completion, Request
 from pipeline.summary import Session, Tally
 
@@ -77,6 +78,9 @@ class NaiveLedger:
 
     def admitting(self, requests: Iterator[Request]) -> Iterator[Request]:
         return requests
+
+    def charges(self, _index: int, _sample: int) -> Sequence[Charge]:
+        return ()
 
     def append(self, completion: Completion, line: bytes) -> None:
         self._lines[completion.item.index * self._num_samples + completion.sample] = line

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.errors import OvernightError
 from pipeline.ledger.files import Files, Patience
 from pipeline.ledger.history import History
 from pipeline.ledger.identity import Identity
@@ -84,8 +85,9 @@ def published(num_items: int = NUM_ITEMS, num_samples: int = NUM_SAMPLES) -> tup
 
 
 def open_ledger(output: Path, files: Files, **options: object) -> Ledger:
-    """The ledger of the small run, with no time for a full disk."""
-    return Ledger.open(output, options.pop("identity", identity()), files=files, patience=Patience(0.0), **options)
+    """The ledger of the small run, with no time for a full disk unless a patience is given."""
+    options = {"identity": identity(), "patience": Patience(0.0), **options}
+    return Ledger.open(output, options.pop("identity"), files=files, **options)
 
 
 def known(ledger: Ledger) -> dict[str, object]:
@@ -103,6 +105,15 @@ def run_session(output: Path, recorder: Recorder, *, stop_after: int | None = No
     """Take the run up and go on to the end, or stop in good order after so many commits; note what is acknowledged."""
     ledger = open_ledger(output, recorder, **options)
     recorder.note(known(ledger))
+    try:
+        _go_on(ledger, recorder, stop_after)
+    except OvernightError:  # a process that is killed closes nothing
+        ledger.close()
+        recorder.note(known(ledger))
+        raise
+
+
+def _go_on(ledger: Ledger, recorder: Recorder, stop_after: int | None) -> None:
     ledger.loaded(1.5)
     num_commits = 0
     for group in GROUPS:

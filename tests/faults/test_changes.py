@@ -14,7 +14,7 @@ import pipeline.ledger.recovery as recovery_module
 from pipeline.spec.fingerprint import KEY_CLASSES
 from tests.command import write_job
 from tests.faults.compare import problem_with
-from tests.faults.processes import Preparation, Run, make_job, run_to_end
+from tests.faults.processes import Preparation, Run, duration, make_job, run_to_end
 from tests.faults.test_again import snapshot
 from tests.faults.trials import Trials, chances
 
@@ -24,7 +24,7 @@ from tests.faults.trials import Trials, chances
 def stopped_halfway(directory: Path) -> Path:
     """A run that was killed after some of its answers, with a first input line of its own."""
     job = make_job(directory)
-    Run(job).kill_after(0.1)
+    Run(job).kill_after(0.7 * duration())
     if not job.with_name("out.jsonl.journal").exists():  # it was killed before it began
         run_to_end(job)
     return job

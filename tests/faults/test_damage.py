@@ -15,7 +15,7 @@ import pipeline.ledger.history as history_module
 import pipeline.ledger.journal as journal_module
 import pipeline.ledger.partial as partial_module
 from tests.faults.compare import problem_with, undisturbed
-from tests.faults.processes import Preparation, Run, make_job, run_to_end
+from tests.faults.processes import Preparation, Run, duration, make_job, run_to_end
 from tests.faults.trials import Trials, chances
 
 KINDS = ("flip", "zero", "remove")
@@ -69,7 +69,7 @@ def half_done() -> Path:
     journal = job.with_name("out.jsonl.journal")
     chance = random.Random(0)
     while not journal.exists() or journal.read_bytes().count(b'"commit"') < 3:
-        Run(job).kill_after(chance.uniform(0.05, 0.1))
+        Run(job).kill_after(chance.uniform(0.3, 0.9) * duration())
         assert not job.with_name("out.jsonl").exists()
     return directory
 

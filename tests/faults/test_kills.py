@@ -15,18 +15,17 @@ import pytest
 from tests.command import COMMAND, REPOSITORY
 from tests.faults.compare import problem_with
 from tests.faults.naive import use_buffered_ledger
-from tests.faults.processes import Preparation, Run, make_job, run_to_end
+from tests.faults.processes import Preparation, Run, duration, make_job, run_to_end
 from tests.faults.trials import Trials, chances
 
 PARTS = 8
-LONGEST_S = 0.2  # an undisturbed run takes about 0.15 s
 
 
 def killed(directory: Path, chance: random.Random, *prepare: Preparation) -> str | None:
     """One to four kills at random moments, then to the end; what is wrong after that."""
     job = make_job(directory)
     for _ in range(chance.randint(1, 4)):
-        Run(job, prepare=prepare).kill_after(chance.uniform(0.01, LONGEST_S))
+        Run(job, prepare=prepare).kill_after(chance.uniform(0.01, 1.1 * duration()))
     last = run_to_end(job, prepare=prepare)
     return problem_with(job, last.process.exitcode, last.talk)
 

@@ -219,7 +219,7 @@ def sites_of(scenario: Scenario, root: Path) -> set[str]:
 def test_every_sync_is_needed_and_its_absence_is_noticed(tmp_path):
     count = num_steps(tmp_path / "count")
     # A third of the way through there are lines in the journal that nobody has synced.
-    scenarios = [undisturbed, stopped, *map(killed, range(count // 3, count // 2)), fresh, grown]
+    scenarios = [undisturbed, stopped, *map(killed, range(count // 3, count // 2)), fresh, grown, retried]
     sites = {scenario: sites_of(scenario, tmp_path / "sites") for scenario in scenarios}
     every_site = set().union(*sites.values())
     assert len(every_site) > 12

@@ -12,7 +12,7 @@ import pytest
 import pipeline.engines.echo as echo_module
 from tests.command import is_generating, kill_after, overnight, start, wait_until, write_job
 from tests.faults.compare import answers_of, problem_with
-from tests.faults.processes import PROMPTS, Preparation, Run, make_job, run_to_end
+from tests.faults.processes import PROMPTS, Preparation, Run, duration, make_job, run_to_end
 from tests.faults.trials import Trials, chances
 
 PARTS = 4
@@ -31,7 +31,7 @@ def one_generator() -> None:
 def killed_often(directory: Path, chance: random.Random, *prepare: Preparation) -> str | None:
     job = make_job(directory)
     for _ in range(chance.randint(1, 20)):
-        if Run(job, prepare=prepare).kill_after(chance.uniform(0.03, 0.1)) == 3:
+        if Run(job, prepare=prepare).kill_after(chance.uniform(0.2, 0.9) * duration()) == 3:
             break
     last = run_to_end(job, prepare=prepare)
     return problem_with(job, last.process.exitcode, last.talk)

@@ -15,7 +15,7 @@ import pytest
 import pipeline.engines.echo as echo_module
 from tests.command import COMMAND, REPOSITORY, write_job
 from tests.faults.compare import answers_of, problem_with, undisturbed
-from tests.faults.processes import Preparation, Run, make_job, run_to_end
+from tests.faults.processes import Preparation, Run, duration, make_job, run_to_end
 from tests.faults.trials import Trials
 
 # Promise 24
@@ -88,7 +88,7 @@ def clock_in_the_answer() -> None:
 def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, trials: Trials) -> None:
     def run(number: int, *prepare: Preparation) -> str | None:
         job = make_job(tmp_path / f"{number}{len(prepare)}", delay="0ms")
-        Run(job, prepare=[partial(jumping_clock, number), *prepare]).kill_after(0.06)
+        Run(job, prepare=[partial(jumping_clock, number), *prepare]).kill_after(0.7 * duration("0ms"))
         last = run_to_end(job, prepare=[partial(jumping_clock, number), *prepare])
         return problem_with(job, last.process.exitcode, last.talk)
 

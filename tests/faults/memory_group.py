@@ -1,0 +1,62 @@
+"""A control group with a memory limit of its own, of version 1 or 2: where the kernel really kills for memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+MIB = 1 << 20
+_ROOT = Path("/sys/fs/cgroup")
+
+
+class MemoryGroup:
+    """An empty control group; what enters it, and what that starts, shares `limit_bytes`."""
+
+    def __init__(self, group: Path, *, version: int) -> None:
+        self._group = group
+        self._version = version
+        group.mkdir()
+
+    def limit(self, limit_bytes: int) -> None:
+        """Raises OSError where the kernel does not let us."""
+        names = ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes") if self._version == 1 else ("memory.max",)
+        for name in names:
+            with suppress(FileNotFoundError):  # swap is not accounted for everywhere
+                (self._group / name).write_text(str(limit_bytes))
+        if self._version == 2:
+            (self._group / "memory.swap.max").write_text("0")
+
+    def enter(self) -> None:
+        """This process. What it has already is not counted."""
+        (self._group / "cgroup.procs").write_text(str(os.getpid()))
+
+    def remove(self) -> None:
+        self._group.rmdir()
+
+
+def _made() -> MemoryGroup:
+    name = f"overnight-{uuid4().hex[:12]}"
+    if (_ROOT / "memory").is_dir():
+        return MemoryGroup(_ROOT / "memory" / name, version=1)
+    if "memory" in (_ROOT / "cgroup.subtree_control").read_text().split():
+        return MemoryGroup(_ROOT / name, version=2)
+    raise OSError("no memory controller")
+
+
+@contextmanager
+def memory_group() -> Iterator[MemoryGroup]:
+    """Skips the test where no such group can be made."""
+    try:
+        group = _made()
+        group.limit(1 << 40)
+    except OSError as error:
+        pytest.skip(f"no control group with a memory limit can be made here (root only): {error}")
+    try:
+        yield group
+    finally:
+        group.remove()
