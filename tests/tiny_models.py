@@ -38,6 +38,13 @@ SHAPE = {
     "bos_token_id": None,
 }
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+DELTA_NET = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     "llama": lambda: transformers.LlamaConfig(**SHAPE),
     "qwen3": lambda: transformers.Qwen3Config(**SHAPE),
@@ -46,13 +53,11 @@ CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
         **SHAPE, sliding_window=5, layer_types=["sliding_attention", "full_attention"]
     ),
     "qwen3-next": lambda: transformers.Qwen3NextConfig(
-        **(SHAPE | EXPERTS),
-        shared_expert_intermediate_size=16,
-        layer_types=["linear_attention", "full_attention"],
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
+        **(SHAPE | EXPERTS | DELTA_NET), shared_expert_intermediate_size=16
+    ),
+    "qwen3.5": lambda: transformers.Qwen3_5TextConfig(**(SHAPE | DELTA_NET)),
+    "qwen3.5-moe": lambda: transformers.Qwen3_5MoeTextConfig(
+        **(SHAPE | EXPERTS | DELTA_NET), shared_expert_intermediate_size=16
     ),
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=NUM_TOKENS,
@@ -131,7 +136,15 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
 
 
 ENGINES = ("padded", "slots")
-PACKED = ("llama", "qwen3", "qwen3-moe", "gemma3", "qwen3-next", "gpt2")  # the architectures that slots serve
+PACKED = (
+    "llama",
+    "qwen3",
+    "qwen3-moe",
+    "gemma3",
+    "qwen3-next",
+    "qwen3.5",
+    "gpt2",
+)  # the architectures that slots serve
 
 
 def engine_of(model: Any, tokenizer: Any = None, *, engine: str = "padded", **changes: Any) -> Any:

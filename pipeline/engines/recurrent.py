@@ -1,7 +1,8 @@
 """States of recurrent layers (gated DeltaNet, Mamba) by slot, and these layers over packed tokens.
 
-transformers' layers read and write their states through a cache object. A packed step calls each layer once for all
-sequences that decode and once for each prompt, with a view of just their states in the place of that cache.
+A layer that a kernel of ours knows is computed by it, once for all sequences of a step. Others read and write their
+states through transformers' cache object: a packed step calls each once for all sequences that decode and once for each
+prompt, with a view of just their states in the place of that cache.
 """
 # pyright: basic
 
@@ -11,6 +12,7 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from pipeline.engines.delta_net import DeltaNetLayer, is_served
 from pipeline.engines.slot_cache import SlotCache
 
 if TYPE_CHECKING:
@@ -20,12 +22,26 @@ _Pools = dict[tuple[int, int], "torch.Tensor"]  # by layer and number of the sta
 
 
 class RecurrentStates:
-    """The states of all slots, made when a layer first writes one."""
+    """The states of all slots: with the layers that a kernel computes, else made when a layer first writes one."""
 
     def __init__(self, num_slots: int) -> None:
         self._num_slots = num_slots
+        self._layers: dict[int, DeltaNetLayer] = {}  # by layer
         self.convolution: _Pools = {}
         self.recurrent: _Pools = {}
+
+    def layer(self, module: Any) -> DeltaNetLayer | None:
+        """The kernel's form of a module; None for one that computes itself."""
+        if module.layer_idx not in self._layers and is_served(module):
+            self._layers[module.layer_idx] = DeltaNetLayer(module, self._num_slots)
+        return self._layers.get(module.layer_idx)
+
+    def copy(self, source: int, target: int) -> None:
+        """Give one slot the states of another."""
+        for layer in self._layers.values():
+            layer.copy(source, target)
+        for pool in (*self.convolution.values(), *self.recurrent.values()):
+            pool[target] = pool[source]
 
     def write(self, pools: _Pools, key: tuple[int, int], slots: torch.Tensor, state: torch.Tensor) -> None:
         """Set the state [rows, ...] of these slots."""
@@ -100,6 +116,12 @@ def is_recurrent(module: Any) -> bool:
 def packed_forward(module: Any, cache: SlotCache, states: RecurrentStates) -> Callable[..., torch.Tensor]:
     """The module's forward for the cache's current step: [1, tokens, hidden] in and out."""
     original = module.forward
+    layer = states.layer(module)
+
+    def native(hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+        assert layer is not None
+        assert cache.step is not None
+        return layer.forward(hidden_states, cache.step)
 
     def forward(hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
         import torch
@@ -121,4 +143,4 @@ def packed_forward(module: Any, cache: SlotCache, states: RecurrentStates) -> Ca
             view.give_back()
         return torch.cat(outputs, dim=1)
 
-    return forward
+    return forward if layer is None else native

@@ -104,13 +104,18 @@ class Architecture:
         return num_attention_layers * 2 * self.num_kv_heads * self.head_dim
 
     def state_bytes_per_sequence(self, value_bytes: int) -> int:
-        """Recurrent state (float32) and convolution window (numbers of `value_bytes`) of one sequence."""
+        """Recurrent state and convolution window of one sequence.
+
+        Our kernel keeps both in float32, the window without the newest column; transformers' own layers keep a whole
+        window of numbers of `value_bytes`.
+        """
         if self.linear_attention is None:
             return 0
         sizes = self.linear_attention
         num_layers = self.layer_types.count("linear_attention")
         recurrent = sizes.num_value_heads * sizes.key_head_dim * sizes.value_head_dim * _STATE_BYTES
-        return num_layers * (recurrent + sizes.conv_dim * sizes.kernel_size * value_bytes)
+        window = sizes.conv_dim * max((sizes.kernel_size - 1) * _STATE_BYTES, sizes.kernel_size * value_bytes)
+        return num_layers * (recurrent + window)
 
     @property
     def is_enumerable(self) -> bool:
