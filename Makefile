@@ -24,7 +24,7 @@ check: $(VENV)/.installed-dev  ## what developers run before a commit
 	$(BIN)/python -m pytest -q -n $(JOBS)
 
 faults: $(VENV)/.installed-dev  ## the slow tests and the fault suite in full, up to two hours; FAULT_SCALE=0.25 for a quarter
-	FAULT_SCALE=$(FAULT_SCALE) $(BIN)/python -m pytest -q -n $(JOBS) -m '(slow or faults) and not gpu'
+	FAULT_SCALE=$(FAULT_SCALE) $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m '(slow or faults) and not gpu'
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

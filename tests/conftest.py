@@ -33,3 +33,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section(f"faults, at {os.environ['FAULT_SCALE']} of the full counts")
     for line in table((node, node in failed, values) for node, values in told.items()):
         terminalreporter.write_line(line)
+    # What could not be tried here is not passed over in silence.
+    for report in terminalreporter.stats.get("skipped", []):
+        if "/faults/" in report.nodeid and isinstance(report.longrepr, tuple):
+            terminalreporter.write_line(f"not tried: {report.nodeid}: {report.longrepr[2].removeprefix('Skipped: ')}")

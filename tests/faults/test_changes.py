@@ -86,7 +86,7 @@ def test_recompressed_input_is_accepted(tmp_path: Path, trials: Trials) -> None:
         path.write_bytes(gzip.compress(lines, level))
         Run(job).kill_after(0.05)
     assert run_to_end(job).process.exitcode == 0
-    trials.promise, trials.num_trials = 10, 8
+    trials.tried_all(10, 8)
 
 
 # Promise 11
@@ -149,7 +149,7 @@ def with_changed_key(directory: Path, key: str, *prepare: Preparation) -> str | 
 
 @pytest.mark.parametrize("key", OTHER_VALUES)
 def test_a_changed_key_is_refused_by_name_or_free(tmp_path: Path, trials: Trials, key: str) -> None:
-    trials.promise, trials.num_trials = 11, 1
+    trials.tried_all(11, 1)
     assert with_changed_key(tmp_path / "run", key) is None
 
 

@@ -143,13 +143,12 @@ def few_descriptors(more: int) -> None:
 def test_few_descriptors_are_enough_or_said_to_be_too_few(tmp_path: Path, trials: Trials) -> None:
     codes = []
     for more in range(10):
-        trials.begin(3, 10)
-        trials.num_trials += 1
         job = make_job(tmp_path / str(more), delay="0ms")
         run = run_to_end(job, prepare=[partial(few_descriptors, more)])
         codes.append(run.process.exitcode)
         last = run_to_end(job)
         assert problem_with(job, last.process.exitcode, last.talk) is None
+    trials.tried_all(3, len(codes))
     assert codes[-1] == 3, codes
     assert set(codes) <= {3, 65, 66, 73, 74}, codes
 

@@ -173,13 +173,15 @@ def num_steps(root: Path) -> int:
     return undisturbed(root)[0].num_steps
 
 
-def test_power_loss_anywhere_in_a_run(tmp_path):
-    assert assert_sound(undisturbed, tmp_path) > 80
+def test_power_loss_anywhere_in_a_run(tmp_path, trials):
+    trials.tried_all(2, assert_sound(undisturbed, tmp_path))
+    assert trials.num_trials > 80
 
 
 @pytest.mark.parametrize("scenario", [stopped, fresh, grown, retried])
-def test_power_loss_anywhere_in_a_later_session(tmp_path, scenario):
-    assert assert_sound(scenario, tmp_path) > 50
+def test_power_loss_anywhere_in_a_later_session(tmp_path, trials, scenario):
+    trials.tried_all(2, assert_sound(scenario, tmp_path))
+    assert trials.num_trials > 50
 
 
 @pytest.mark.parametrize("part", range(2))
@@ -189,9 +191,9 @@ def test_power_loss_anywhere_after_a_kill(tmp_path, part):
 
 
 @pytest.mark.slow
-def test_power_loss_anywhere_after_a_kill_anywhere(tmp_path):
-    for moment in range(num_steps(tmp_path / "count")):
-        assert_sound(killed(moment), tmp_path)
+def test_power_loss_anywhere_after_a_kill_anywhere(tmp_path, trials):
+    moments = range(num_steps(tmp_path / "count"))
+    trials.tried_all(2, sum(assert_sound(killed(moment), tmp_path) for moment in moments))
 
 
 def all_crashes(root: Path) -> list[dict[str, bytes]]:
@@ -205,9 +207,9 @@ def test_power_loss_anywhere_after_a_power_loss(tmp_path):
 
 
 @pytest.mark.slow
-def test_power_loss_anywhere_after_a_power_loss_anywhere(tmp_path):
-    for content in all_crashes(tmp_path / "first"):
-        assert_sound(cut_before(content), tmp_path)
+def test_power_loss_anywhere_after_a_power_loss_anywhere(tmp_path, trials):
+    crashes = all_crashes(tmp_path / "first")
+    trials.tried_all(2, sum(assert_sound(cut_before(content), tmp_path) for content in crashes))
 
 
 def sites_of(scenario: Scenario, root: Path) -> set[str]:
@@ -216,7 +218,7 @@ def sites_of(scenario: Scenario, root: Path) -> set[str]:
     return scenario(root)[0].sites
 
 
-def test_every_sync_is_needed_and_its_absence_is_noticed(tmp_path):
+def test_every_sync_is_needed_and_its_absence_is_noticed(tmp_path, trials):
     count = num_steps(tmp_path / "count")
     # A third of the way through there are lines in the journal that nobody has synced.
     scenarios = [undisturbed, stopped, *map(killed, range(count // 3, count // 2)), fresh, grown, retried]
@@ -227,3 +229,4 @@ def test_every_sync_is_needed_and_its_absence_is_noticed(tmp_path):
         concerned = [scenario for scenario in scenarios if site in sites[scenario]]
         noticed = any(any(problems(scenario, tmp_path, site.__eq__)) for scenario in concerned)
         assert noticed, f"nothing is lost without the sync of {site}"
+    trials.caught_all(2, "each sync in turn", len(every_site))

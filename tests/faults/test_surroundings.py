@@ -50,12 +50,12 @@ def surrounded(directory: Path, changes: dict[str, str | None], *, descriptors: 
 
 @pytest.mark.parametrize("name", SURROUNDINGS)
 def test_hostile_surroundings_change_nothing(tmp_path: Path, trials: Trials, name: str) -> None:
-    trials.promise, trials.num_trials = 24, 1
+    trials.tried_all(24, 1)
     assert surrounded(tmp_path / "run", SURROUNDINGS[name]) is None
 
 
 def test_sixty_four_descriptors_are_enough(tmp_path: Path, trials: Trials) -> None:
-    trials.promise, trials.num_trials = 24, 1
+    trials.tried_all(24, 1)
     assert surrounded(tmp_path / "run", {}, descriptors=64) is None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,11 +15,13 @@ FIRST_SEED = int(os.environ.get("FAULT_SEED", "0"))
 
 @dataclass
 class Trials:
-    """What one test has tried; `part` tells the parts of a test apart that share its trials."""
+    """What one test has tried of the `num_full` that a full run does; `part` tells the parts of a test apart that
+    share its trials."""
 
     promise: int = 0
     part: int = 0
     num_trials: int = 0
+    num_full: int = 0
     controls: dict[str, list[int]] = field(default_factory=dict)  # name → caught, tried
 
     def seeds(self, promise: int, full: int, parts: int = 1) -> Iterator[random.Random]:
@@ -34,8 +37,16 @@ class Trials:
 
     def begin(self, promise: int, full: int, parts: int = 1) -> int:
         """How many trials this part makes now; the caller counts them in `num_trials`."""
-        self.promise = promise
-        return max(1, round(full * SCALE / parts))
+        self.promise, self.num_full = promise, round(full / parts)
+        return max(1, math.ceil(full * SCALE / parts))
+
+    def tried_all(self, promise: int, count: int) -> None:
+        """There are no more than so many to try, and all of them were, whatever the scale."""
+        self.promise, self.num_trials, self.num_full = promise, count, count
+
+    def caught_all(self, promise: int, name: str, count: int) -> None:
+        """So many broken variants of one kind were tried, and each was caught."""
+        self.promise, self.controls[name] = promise, [count, count]
 
     def is_caught(self, promise: int, name: str, problems: Iterable[str | None], *reasons: str) -> bool:
         """Whether a broken variant is caught, for reasons that begin with one of these.
@@ -66,22 +77,30 @@ class Row:
     promise: int
     name: str
     num_trials: int = 0
+    num_full: int = 0
     num_failures: int = 0
     controls: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, trials: Trials, *, failed: bool) -> None:
         self.num_trials += trials.num_trials
+        self.num_full += trials.num_full
         self.num_failures += failed
         for name, counts in trials.controls.items():
             total = self.controls.setdefault(name, [0, 0])
             total[:] = [a + b for a, b in zip(total, counts, strict=True)]
 
+    @property
+    def is_short(self) -> bool:
+        """Of a quarter of the full count, below which a run proves little."""
+        return 4 * self.num_trials < self.num_full
+
     def __str__(self) -> str:
+        tried = f"{self.num_trials}/{self.num_full}" if self.num_full else ""
         controls = "; ".join(f"{name} {caught}/{tried}" for name, (caught, tried) in self.controls.items())
-        return f"{self.promise:>7}  {self.name:<62} {self.num_trials:>9} {self.num_failures:>8}  {controls}"
+        return f"{self.promise:>7}  {self.name:<86} {tried:>17} {self.num_failures:>8}  {controls}"
 
 
-HEADING = f"{'promise':>7}  {'test':<62} {'trials':>9} {'failures':>8}  control caught/tried"
+HEADING = f"{'promise':>7}  {'test':<86} {'trials/full':>17} {'failures':>8}  control caught/tried"
 
 
 def table(outcomes: Iterable[tuple[str, bool, Mapping[str, object]]]) -> list[str]:
@@ -91,4 +110,7 @@ def table(outcomes: Iterable[tuple[str, bool, Mapping[str, object]]]) -> list[st
         name = node.partition("[")[0].rpartition("/")[2]
         trials = Trials(**values)  # type: ignore[arg-type]
         rows.setdefault(name, Row(trials.promise, name)).add(trials, failed=failed)
-    return [HEADING, *map(str, sorted(rows.values(), key=lambda row: (row.promise, row.name)))]
+    lines = [HEADING, *map(str, sorted(rows.values(), key=lambda row: (row.promise, row.name)))]
+    if short := sorted(row.name for row in rows.values() if row.is_short):
+        lines.append(f"short of a quarter of the full count: {', '.join(short)}")
+    return lines
