@@ -208,17 +208,38 @@ def bench(
     raise typer.Exit(EXIT_OK if result.valid else EXIT_SOME_FAILED)
 
 
-@app.command(epilog="Examples: overnight doctor; overnight doctor runs/")
+@app.command(
+    epilog="Examples: overnight doctor; overnight doctor jobs/quickstart.yaml; "
+    "overnight doctor --model builtin:smollm2-135m; overnight doctor runs/"
+)
 def doctor(
-    directory: Annotated[
-        Path | None, typer.Argument(metavar="[DIR]", help="Test the file system of this directory instead.")
+    subject: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[DIR | JOB.yaml]",
+            help="A job: the machine, its model and its output's directory. A directory: whether its file system "
+            "keeps what the ledger needs, and nothing else.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="How fast this model is loaded: a directory, builtin:NAME, hub id."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what of this machine is slow, or whether DIR keeps what the ledger needs; exit code 69 in trouble."""
-    from pipeline.tools.doctor import diagnose_directory, diagnose_machine
+    """Say what of this machine, a model or a directory is slow, and what to do; exit code 69 in trouble."""
+    from pipeline.tools import doctor as tool
 
-    diagnosis = diagnose_machine() if directory is None else diagnose_directory(directory)
+    if subject is not None and model is not None:
+        raise UsageError("doctor takes a job or directory, or --model, not both")
+    if subject is None:
+        from pipeline.spec.keys import ModelSpec
+
+        diagnosis = tool.diagnose_machine(model=ModelSpec(path=model) if model else None)
+    elif subject.suffix in (".yaml", ".yml", ".json") and not subject.is_dir():
+        diagnosis = tool.diagnose_job(subject)
+    else:
+        diagnosis = tool.diagnose_directory(subject)
     if as_json:
         _print_json(diagnosis.to_json())
     else:

@@ -3,16 +3,22 @@
 import json
 import os
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import OutputError
+from pipeline.kernels.native import Native
 from pipeline.ledger import directory_check
 from pipeline.ledger.files import DISK, Files
-from pipeline.machine import Cgroup, Machine
-from pipeline.tools.doctor import diagnose_directory, diagnose_machine
-from tests.command import overnight
+from pipeline.machine import Cgroup, Gpu, Machine, load_machine
+from pipeline.tools import bandwidth
+from pipeline.tools import machine_checks as checks
+from pipeline.tools.doctor import diagnose_directory, diagnose_machine, recommend
+from pipeline.tools.model_checks import check_model
+from tests.command import REPOSITORY, overnight, write_job
+from tests.model_files import LLAMA, write_model
 
 SOUND = Machine(
     name="sound",
@@ -22,6 +28,9 @@ SOUND = Machine(
     memory_available_bytes=60 << 30,
     cpu_features=frozenset({"avx2", "avx512_bf16"}),
 )
+GPU = Gpu(name="GPU", total_bytes=80 << 30, free_bytes=79 << 30, capability=(9, 0))
+HUGE = "sys/kernel/mm/transparent_hugepage/enabled"
+GOVERNOR = "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"
 
 
 def levels(diagnosis):
@@ -121,10 +130,15 @@ def test_the_file_system_is_told_from_its_mount(tmp_path, kind, level, monkeypat
     assert directory_check.check_file_system(tmp_path).level == level
 
 
+OF_THE_SYSTEM = {"swap", "numa", "load", "clock", "large pages", "kernels"}  # of wherever the tests run
+
+
 def test_a_sound_machine_has_no_warning(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     diagnosis = diagnose_machine(SOUND)
-    assert set(levels(diagnosis).values()) == {"good"}, str(diagnosis)
+    found = {check: level for check, level in levels(diagnosis).items() if check not in OF_THE_SYSTEM}
+    assert set(found.values()) == {"good"}, str(diagnosis)
+    assert "memory speed" not in found  # another machine cannot be measured
 
 
 @pytest.mark.parametrize(
@@ -137,6 +151,7 @@ def test_a_sound_machine_has_no_warning(monkeypatch):
         ("threads", {"thread_limit": 32}, "more than the 8 cores"),
         ("instructions", {"cpu_features": frozenset({"avx2"})}, "no bfloat16"),
         ("gpu", {"gpu_problem": "the driver is too old"}, "driver is too old"),
+        ("gpu", {"gpus": (replace(GPU, free_bytes=40 << 30),)}, "40.0 of 80.0 GiB"),
         ("interpreter", {"free_threaded": True, "gil_enabled": True}, "with the GIL"),
     ],
 )
@@ -147,15 +162,126 @@ def test_each_fault_of_a_machine_is_found(check, change, word):
     assert diagnosis.exit_code == 0 and finding.advice in str(diagnosis)
 
 
+@pytest.mark.parametrize(
+    ("check", "file", "bad", "good", "word"),
+    [
+        (
+            checks.check_swap,
+            "proc/meminfo",
+            "SwapTotal: 8388608 kB\nSwapFree: 1048576 kB",
+            "SwapTotal: 0 kB",
+            "7.0 of 8",
+        ),
+        (checks.check_load, "proc/loadavg", "6.50 1 1 1/1 1", "0.10 1 1 1/1 1", "6.5 processes"),
+        (checks.check_large_pages, HUGE, "always madvise [never]", "always [madvise] never", "never"),
+        (checks.check_clock, GOVERNOR, "powersave", "performance", "powersave"),
+        (checks.check_numa, "sys/devices/system/node/node1/x", "", None, "2 nodes"),
+    ],
+)
+def test_each_fault_of_the_system_is_found(tmp_path, check, file, bad, good, word):
+    (tmp_path / "sys/devices/system/node/node0").mkdir(parents=True)
+    assert check(SOUND, tmp_path).level == "good"  # a system that says nothing
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text(bad)
+    finding = check(SOUND, tmp_path)
+    assert finding.level == "warning" and word in finding.found and finding.advice
+    if good is not None:
+        (tmp_path / file).write_text(good)
+        assert check(SOUND, tmp_path).level == "good"
+
+
+def test_threads_kept_few_by_another_library_and_a_preloaded_allocator_are_named(monkeypatch):
+    monkeypatch.setenv("MKL_NUM_THREADS", "2")
+    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libtcmalloc.so.4")
+    assert checks.check_threads(SOUND).found == "MKL_NUM_THREADS=2 leaves cores idle"
+    assert "libtcmalloc.so.4" in checks.check_allocator(SOUND).found
+
+
 def test_old_and_missing_libraries_and_no_compiler_are_found(monkeypatch):
-    monkeypatch.setattr("pipeline.tools.doctor.version", lambda name: "0.6.2" if name == "safetensors" else "99.1+cpu")
+    def version(name):
+        if name == "auto-round-lib":
+            raise PackageNotFoundError
+        return "0.6.2" if name == "safetensors" else "99.1+cpu"
+
+    monkeypatch.setattr(checks, "version", version)
     monkeypatch.setattr("shutil.which", lambda _name: None)
-    found = {each.check: each for each in diagnose_machine(SOUND).findings}
-    assert found["versions"].advice.startswith("safetensors: install 0.7 or newer")
-    assert found["compiler"].level == "warning"
+    diagnosis = diagnose_machine(SOUND)
+    found = {each.check: each for each in diagnosis.findings}
+    assert found["versions"].advice.startswith("safetensors: install 0.7 or newer; with older ones each look-up")
+    assert found["compiler"].level == "warning" and diagnosis.exit_code == 0
+    assert "not installed" in found["auto-round kernels"].found
 
 
-def test_this_machine_can_be_diagnosed():
-    said = overnight("doctor")
-    assert said.returncode == 0 and "instructions" in said.stdout
+def test_a_missing_library_is_trouble(monkeypatch):
+    def version(_name):
+        raise PackageNotFoundError
+
+    monkeypatch.setattr(checks, "version", version)
+    assert diagnose_machine(SOUND).exit_code == 69
+
+
+def test_kernels_that_do_not_compile_are_told_with_the_reason(monkeypatch):
+    monkeypatch.setattr("pipeline.kernels.native.native", lambda _source: Native(None, "there is no C compiler"))
+    finding = checks.check_kernels(SOUND)
+    assert finding.level == "warning" and "there is no C compiler" in finding.found
+
+
+@pytest.mark.parametrize(
+    ("change", "strategy"),
+    [
+        ({}, "no-gpu for"),
+        ({"gpus": (GPU,)}, "max-gpu for Qwen3"),
+        ({"gpus": (replace(GPU, total_bytes=16 << 30, free_bytes=15 << 30),)}, "min-gpu for"),
+        ({"memory_available_bytes": 20 << 30}, "no-gpu; smaller"),
+    ],
+)
+def test_the_strategy_that_suits_a_machine_is_named(change, strategy):
+    assert recommend(replace(SOUND, **change)).found.startswith(strategy)
+
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "examples/machines").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_machines_of_the_guide_are_recognized(file):
+    expected = {"cpu-64gb": "no-gpu", "gpu-80gb": "max-gpu", "rtx4090-laptop-64gb": "min-gpu"}[file.stem]
+    assert recommend(load_machine(file)).found.startswith(f"{expected} for Qwen3")
+
+
+def test_what_is_measured_is_plausible(tmp_path):
+    assert 1e8 < bandwidth.memory_speed(2) < 1e13
+    file = tmp_path / "weights"
+    file.write_bytes(os.urandom(64 << 20))
+    assert bandwidth.cached_share([file]) in (None, 1.0)
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    share = bandwidth.cached_share([file])
+    assert share is None or share < 0.1 or share == 1.0  # a file system in memory keeps all
+    speed = bandwidth.read_speed([file])
+    assert speed is None or 1e6 < speed < 1e12
+    assert bandwidth.cached_share([file]) == share  # measuring leaves the cache as it is
+    assert bandwidth.read_speed([]) is None and bandwidth.read_speed([tmp_path / "weights"]) != 0
+
+
+def test_a_model_is_diagnosed_by_its_files(tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    said = overnight("doctor", "--model", "builtin:tiny-qwen3-next", "--json")
+    assert said.returncode == 0, said.stderr
+    found = {each["check"]: each for each in json.loads(said.stdout)["findings"]}
+    assert "packed weights are read straight into place" in found["model loading"]["found"]
+    assert {"memory speed", "model disk", "model cache", "load strategy"} <= found.keys()
+    write_model(model, LLAMA)
+    monkeypatch.setattr(bandwidth, "read_speed", lambda _files: 1e3)
+    monkeypatch.setattr(bandwidth, "cached_share", lambda _files: 0.5)
+    findings = {each.check: each for each in check_model(model, usable_memory_bytes=10)}
+    assert "not quantized" in findings["model loading"].found
+    assert findings["model disk"].level == "warning" and "SSD" in findings["model disk"].advice
+    assert findings["model cache"].level == "warning" and "larger than the memory" in findings["model cache"].advice
+    assert overnight("doctor", "--model", tmp_path / "absent").returncode == 66
+    assert overnight("doctor", tmp_path, "--model", model).returncode == 64
+
+
+def test_a_job_is_diagnosed_with_machine_and_output(tmp_path):
+    said = overnight("doctor", write_job(tmp_path, []))
+    assert said.returncode == 0, said.stdout
+    for check in ("instructions", "memory speed", "kernels", "lock", "truncate"):
+        assert f" {check}: " in said.stdout
     assert DISK is directory_check.DISK

@@ -1,34 +1,33 @@
-"""`overnight doctor`: what of this machine, or of a directory for the output, is slow or cannot be relied on.
-
-Each check is by itself: a function to a finding, in the list of its kind. Nothing heavy is imported.
-"""
+"""`overnight doctor`: what of this machine, a model or a directory is slow or cannot be relied on, and what to do."""
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.errors import EXIT_OK, MachineError
+from pipeline.job import say_to_stderr
 from pipeline.ledger.directory_check import check_directory
 from pipeline.machine import Machine
 from pipeline.probe import probe_machine
 from pipeline.records import Finding
+from pipeline.spec.job_file import load_spec
+from pipeline.spec.keys import ModelSpec
+from pipeline.tools import bandwidth
+from pipeline.tools.machine_checks import CHECKS
+from pipeline.tools.model_checks import check_model
 
 _MARKS = {"good": "ok     ", "warning": "WARNING", "trouble": "TROUBLE"}
-_LITTLE_MEMORY_BYTES = 4 << 30
-# The oldest versions that are not known to be slow (safetensors) or to lack what this program needs.
-_OLDEST_GOOD = {"safetensors": "0.7", "transformers": "5.0", "torch": "2.8", "auto-round": "0.16.1"}
+_FLAGSHIP = "Qwen3-Next-80B-A3B (int4-mixed)"
+_FLAGSHIP_BYTES = 43e9
+_FLAGSHIP_BYTES_PER_TOKEN = 3.4e9  # read for one token of one sequence; docs/flagship.md
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """All findings about one thing."""
+    """All findings about one subject."""
 
     subject: str
     findings: Sequence[Finding]
@@ -60,114 +59,72 @@ def diagnose_directory(directory: Path) -> Diagnosis:
     return Diagnosis(str(directory), check_directory(directory))
 
 
-def diagnose_machine(machine: Machine | None = None) -> Diagnosis:
-    """What of this machine (or of `machine`) makes runs slow or impossible."""
+def diagnose_machine(machine: Machine | None = None, model: ModelSpec | None = None) -> Diagnosis:
+    """What makes runs slow or impossible here: on this machine, which is measured too, or on `machine`.
+
+    `model` adds how fast that is loaded. Raises what finding a model raises: NotFoundError, SpecError, MachineError.
+    """
+    measured = [] if machine is not None else [_check_bandwidth]
     machine = machine or probe_machine()
-    return Diagnosis(machine.name, [check(machine) for check in CHECKS])
+    findings = [check(machine) for check in (*CHECKS, *measured, recommend)]
+    subject = machine.name
+    if model is not None and model.path is not None:
+        from pipeline.loading.resolve import find_model
+
+        directory = find_model(model, config_only=True, report=say_to_stderr)
+        findings += check_model(directory, machine.usable_memory_bytes)
+        subject += f" with {model.path}"
+    return Diagnosis(subject, findings)
 
 
-def check_memory(machine: Machine) -> Finding:
-    usable = machine.usable_memory_bytes
-    found = f"{usable / 2**30:.1f} GiB usable of {machine.memory_total_bytes / 2**30:.1f} GiB"
-    limit = machine.cgroup.memory_limit_bytes if machine.cgroup else None
-    if limit is not None and limit < machine.memory_total_bytes:
-        found += f"; the control group allows {limit / 2**30:.1f} GiB"
-    if usable < _LITTLE_MEMORY_BYTES:
-        advice = "end other programs, or raise the limit of the container; `overnight plan` says what a job needs"
-        return Finding("memory", "warning", found, advice)
-    return Finding("memory", "good", found)
+def diagnose_job(job: Path) -> Diagnosis:
+    """This machine, the job's model, and the directory of its output if that is there yet."""
+    spec = load_spec(job)
+    diagnosis = diagnose_machine(model=None if spec.model.engine == "echo" else spec.model)
+    directory = Path(spec.output.path).parent
+    if not directory.is_dir():
+        return diagnosis
+    findings = [*diagnosis.findings, *check_directory(directory)]
+    return Diagnosis(f"{diagnosis.subject}, output in {directory}", findings)
 
 
-def check_cores(machine: Machine) -> Finding:
-    found = f"{machine.physical_cores} cores, {machine.logical_cpus} logical processors"
-    if machine.usable_cores < machine.physical_cores:
-        advice = f"raise the quota of the control group: {machine.physical_cores} cores are there"
-        return Finding("cores", "warning", f"{found}, of which the quota leaves {machine.usable_cores}", advice)
-    return Finding("cores", "good", found)
+def _check_bandwidth(machine: Machine) -> Finding:
+    speed = bandwidth.memory_speed(machine.usable_cores)
+    found = f"{speed / 1e9:.1f} GB/s read by {machine.usable_cores} threads"
+    bound = speed / _FLAGSHIP_BYTES_PER_TOKEN
+    return Finding(
+        "memory speed", "good", f"{found}: at most {bound:.1f} tokens/s for a single answer of {_FLAGSHIP} on the CPU"
+    )
 
 
-def check_threads(machine: Machine) -> Finding:
-    limit, cores = machine.thread_limit, machine.usable_cores
-    if limit is None:
-        return Finding("threads", "good", f"OMP_NUM_THREADS is not set; a run takes {cores}")
-    if limit < cores:
-        advice = (
-            f"unset it, or set it to {cores}: matrix products on the CPU would have {cores / limit:.1f} times the cores"
-        )
-        return Finding("threads", "warning", f"OMP_NUM_THREADS={limit} leaves cores idle", advice)
-    if limit > cores:
-        advice = f"unset it, or set it to {cores}: more threads than cores wait for one another"
-        return Finding("threads", "warning", f"OMP_NUM_THREADS={limit} is more than the {cores} cores", advice)
-    return Finding("threads", "good", f"OMP_NUM_THREADS={limit}")
+class _Guide(NamedTuple):
+    """One of the machines of docs/flagship.md, by the least of it that serves."""
+
+    name: str
+    strategy: str
+    gpu_bytes: float
+    memory_bytes: float
 
 
-def check_instructions(machine: Machine) -> Finding:
-    features = machine.cpu_features
-    known = [name for name in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile") if name in features]
-    found = " ".join(known) or "none of AVX2, AVX-512, AMX"
-    if not features:
-        return Finding("instructions", "warning", "unknown: there is no /proc/cpuinfo")
-    if not machine.has_cpu_bf16:
-        advice = "models run in float32 on this CPU, with twice the memory; one with AVX512_BF16 or AMX would not"
-        return Finding("instructions", "warning", f"{found}; no bfloat16", advice)
-    return Finding("instructions", "good", found)
-
-
-def check_gpu(machine: Machine) -> Finding:
-    if machine.gpu_problem is not None:
-        return Finding("gpu", "warning", machine.gpu_problem, "runs go on the CPU until torch can use the GPU")
-    if not machine.gpus:
-        return Finding("gpu", "good", "none; runs go on the CPU")
-    gpus = (f"{gpu.name} with {gpu.free_bytes / 2**30:.1f} GiB free" for gpu in machine.gpus)
-    return Finding("gpu", "good", ", ".join(gpus))
-
-
-def check_compiler(_machine: Machine) -> Finding:
-    names = (os.environ.get("CC") or "cc", "gcc", "clang")
-    found = next(filter(None, map(shutil.which, names)), None)
-    if found is None:
-        advice = "install gcc: the program's own kernels are compiled for this processor, and go without it in torch"
-        return Finding("compiler", "warning", "no C compiler", advice)
-    return Finding("compiler", "good", found)
-
-
-def check_versions(_machine: Machine) -> Finding:
-    old: list[str] = []
-    there: list[str] = []
-    for name, oldest in _OLDEST_GOOD.items():
-        try:
-            installed = version(name)
-        except PackageNotFoundError:
-            old.append(f"{name} is missing; install it")
-            continue
-        there.append(f"{name} {installed}")
-        if _numbers(installed) < _numbers(oldest):
-            old.append(f"{name}: install {oldest} or newer; older ones load slowly or lack what is needed")
-    if old:
-        return Finding("versions", "warning", ", ".join(there), "; ".join(old))
-    return Finding("versions", "good", ", ".join(there))
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    """The release of a version, without what follows its numbers: 2.13.0+cpu → 2, 13, 0."""
-    match = re.match(r"\d+(\.\d+)*", text)
-    return tuple(int(part) for part in match[0].split(".")) if match else ()
-
-
-def check_interpreter(machine: Machine) -> Finding:
-    if machine.free_threaded and machine.gil_enabled:
-        advice = "an extension turned the GIL on again; a usual build of Python is faster then"
-        return Finding("interpreter", "warning", "free-threaded, running with the GIL", advice)
-    return Finding("interpreter", "good", "free-threaded" if machine.free_threaded else "with the GIL")
-
-
-CHECKS: tuple[Callable[[Machine], Finding], ...] = (
-    check_memory,
-    check_cores,
-    check_threads,
-    check_instructions,
-    check_gpu,
-    check_compiler,
-    check_versions,
-    check_interpreter,
+_GUIDES = (
+    _Guide("the machine with an 80 GB GPU", "max-gpu", 60e9, 24e9),
+    _Guide("the laptop with a 16 GB GPU and 64 GB of memory", "min-gpu", 14e9, _FLAGSHIP_BYTES + 3e9),
+    _Guide("the machine without a GPU and with 64 GB of memory", "no-gpu", 0, _FLAGSHIP_BYTES + 6e9),
 )
+
+
+def recommend(machine: Machine) -> Finding:
+    """Which load strategy suits this machine, seen from the largest model that the guides speak of."""
+    gpu = max((gpu.free_bytes for gpu in machine.gpus), default=0)
+    memory = machine.usable_memory_bytes
+    for guide in _GUIDES:
+        if gpu >= guide.gpu_bytes and memory >= guide.memory_bytes:
+            found = f"{guide.strategy} for {_FLAGSHIP}: this is like {guide.name} (docs/flagship.md)"
+            return Finding("load strategy", "good", found)
+    strategy = "max-gpu for what fits the GPU, min-gpu for larger mixtures of experts" if gpu else "no-gpu"
+    lacking = _GUIDES[-1].memory_bytes - memory
+    advice = (
+        f"models of up to about {0.8 * memory / 1e9:.0f} GB run from memory; {_FLAGSHIP} needs {lacking / 1e9:.0f} GB "
+        "more, or reads experts from disk in every step, which is slow and finishes"
+    )
+    return Finding("load strategy", "good", f"{strategy}; smaller than every machine of docs/flagship.md", advice)
