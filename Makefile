@@ -8,7 +8,7 @@ FAULT_SCALE ?= 1
 # What a lock file must not hold: a build's suffix, and what only one platform's build of torch needs.
 PORTABLE := sed -E 's/\+cpu$$//' | grep -vE '^(nvidia-|triton|cuda-)'
 
-.PHONY: run test check format faults lock clean
+.PHONY: run test check format faults docs lock clean
 
 run: $(VENV)/.installed  ## prepare the embedded model and run the quickstart job
 	$(BIN)/overnight run jobs/quickstart.yaml
@@ -29,6 +29,10 @@ faults: $(VENV)/.installed-dev  ## the slow tests and the fault suite in full, u
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.installed-dev  ## what is generated: the schema and the reference of the job file
+	$(BIN)/overnight schema > jobs/job.schema.json
+	$(BIN)/overnight schema --markdown > docs/job-reference.md
 
 lock:  ## resolve the newest versions that pyproject.toml admits and write them down
 	$(PYTHON) -m venv $(VENV)-lock

@@ -287,9 +287,16 @@ def chat(
     raise typer.Exit(code)
 
 
-@app.command(epilog="Example: overnight schema > job.schema.json")
-def schema() -> None:
-    """Print the JSON Schema of the job file, for editors."""
+@app.command(epilog="Examples: overnight schema > job.schema.json; overnight schema --markdown | less")
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="The reference for people, in Markdown.")] = False,
+) -> None:
+    """Print the JSON Schema of the job file, for editors, or its reference."""
+    if markdown:
+        from pipeline.spec.job_reference import job_reference
+
+        sys.stdout.write(job_reference())
+        return
     from pipeline.spec.job_schema import json_schema
 
     _print_json(json_schema())

@@ -1,13 +1,17 @@
 """The commands as a user meets them: words in, exit codes and messages out, and quick answers."""
 
+import functools
+import importlib
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.command import REPOSITORY, overnight, write_job
 
@@ -28,6 +32,30 @@ def test_five_mistakes_are_five_problems_with_their_places(tmp_path: Path) -> No
     for number, word in [(3, "load_strategy"), (5, "temperature"), (6, "top_p"), (7, "max_new_tokens"), (10, "extra")]:
         assert any(f"job.yaml:{number}:" in line and word in line for line in lines), (number, run.stderr)
     assert seconds < 5  # half a second on a quiet machine, measured in benchmarks/
+
+
+def test_every_command_has_help_with_an_example() -> None:
+    app = importlib.import_module("pipeline.cli").app
+    names = [command.name or command.callback.__name__ for command in app.registered_commands]
+    assert len(names) >= 10
+    for name, command in zip(names, app.registered_commands, strict=True):
+        assert command.callback.__doc__, name
+        examples = re.findall(rf"overnight {name}[^;]*", command.epilog or "")
+        assert (command.epilog or "").startswith("Example") and examples, f"{name} has no example"
+        for example in examples:  # its words are ones that the command knows, and the files that it names are there
+            words = shlex.split(example.partition(" > ")[0].partition(" < ")[0].partition(" | ")[0])
+            for option in [word for word in words if word.startswith("-") and word != "-"]:
+                assert option in shown(name), (example, option)
+            for path in [word for word in words if word.startswith(("jobs/", "examples/"))]:
+                assert (REPOSITORY / path).exists(), example
+
+
+@functools.cache
+def shown(name: str) -> str:
+    """The help of a command, as it is shown."""
+    run = CliRunner().invoke(importlib.import_module("pipeline.cli").app, [name, "--help"])
+    assert run.exit_code == 0 and "Example" in run.output, name
+    return run.output
 
 
 def test_quick_commands_import_no_heavy_library(tmp_path: Path) -> None:

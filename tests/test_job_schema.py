@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from jsonschema import Draft202012Validator
 
+from pipeline.spec.job_reference import job_reference
 from pipeline.spec.job_schema import json_schema
 from pipeline.spec.keys import job_keys, job_sections
 from pipeline.spec.rules import NOT_YET
@@ -34,6 +35,14 @@ def test_the_schema_beside_the_jobs_is_fresh() -> None:
     written = (ROOT / "jobs" / "job.schema.json").read_text(encoding="utf-8")
     fresh = json.dumps(SCHEMA, indent=2, ensure_ascii=False) + "\n"
     assert written == fresh, "run: overnight schema > jobs/job.schema.json"
+
+
+def test_the_reference_is_fresh_and_names_each_key_with_its_default() -> None:
+    reference = (ROOT / "docs" / "job-reference.md").read_text(encoding="utf-8")
+    assert reference == job_reference(), "run: make docs"
+    for key in job_keys():
+        assert f"| `{key}` |" in reference
+    assert "| `run.stall_timeout` | a duration above 0s and at most" in reference and "| `30m` |" in reference
 
 
 def test_the_schema_is_one() -> None:

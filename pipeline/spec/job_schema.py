@@ -37,10 +37,17 @@ def _notes(key: str, field: FieldInfo) -> dict[str, str]:
     if wording and not field.is_required():
         notes["default"] = wording.show(field.get_default())
     if key in NOT_YET:
-        refused = NOT_YET[key]
-        which = f": {', '.join(str(value) for value in refused)}" if refused else ""
-        notes["description"] = f"{field.description} Not available yet{which}."
+        notes["description"] = description(key, field)
     return notes
+
+
+def description(key: str, field: FieldInfo) -> str:
+    """What a key means, and which of its values are not to be had yet."""
+    if key not in NOT_YET:
+        return str(field.description)
+    refused = NOT_YET[key]
+    which = f": {', '.join(str(value) for value in refused)}" if refused else ""
+    return f"{field.description} Not available yet{which}."
 
 
 def _without_titles(node: Any) -> Any:
