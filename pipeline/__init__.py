@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.job import Outcome, run_job
-    from pipeline.output import read_results
+    from pipeline.output.results import read_results
     from pipeline.spec.job_file import load_spec as load_job
     from pipeline.spec.keys import JobSpec
 
@@ -18,7 +18,7 @@ _HOMES = {
     "JobSpec": ("pipeline.spec.keys", "JobSpec"),
     "Outcome": ("pipeline.job", "Outcome"),
     "load_job": ("pipeline.spec.job_file", "load_spec"),
-    "read_results": ("pipeline.output", "read_results"),
+    "read_results": ("pipeline.output.results", "read_results"),
     "run_job": ("pipeline.job", "run_job"),
 }
 

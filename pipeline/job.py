@@ -19,7 +19,8 @@ from pipeline.ledger.identity import Identity
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.recovery import find_finished
 from pipeline.ledger.witness import Witness
-from pipeline.output import render
+from pipeline.output import choose_form, kept_fields
+from pipeline.output.native import render
 from pipeline.probe import count_oom_kills, memory_held, memory_left
 from pipeline.progress import Preparation, Progress
 from pipeline.records import Engine, Json, Prompt, Rejection
@@ -78,6 +79,7 @@ def run_job(
         files = tuple(expand_inputs(spec.input.path))
         parser = LineParser(spec)
         output = Path(spec.output.path)
+        form = choose_form(spec)
         identity = job_identity(spec, files, limit)
         resume = "if-unchanged" if retry and spec.run.resume == "never" else spec.run.resume
         with stop.interrupting("reading the input"):
@@ -102,6 +104,7 @@ def run_job(
                 retry=retry,
                 patience=Patience(sleep=watch.sleep),
                 witness=witness,
+                companions=form.companions,
             ) as ledger,
             witness.listening() as log,
         ):
@@ -114,7 +117,7 @@ def run_job(
                     encode=encoder.encode,
                     engine=None,
                     ledger=ledger,
-                    render=partial(render, keep_fields=spec.output.keep_fields),
+                    render=partial(render, keep_fields=kept_fields(spec)),
                     num_samples=spec.generation.num_samples,
                     stop=stop,
                     beat=watch.beat,
@@ -141,7 +144,7 @@ def run_job(
             def conclude(tally: Tally, sessions: Sequence[Session], output_sha256: str) -> Mapping[str, Json]:
                 return summarize(tally, sessions, {**told, "output_sha256": output_sha256})
 
-            summary = ledger.publish(conclude, summary_line=spec.output.summary_line)
+            summary = ledger.publish(conclude, summary_line=spec.output.summary_line, form=form)
             expectation.learn(before, ledger.tally, ledger.sessions[-1])
     _say_end(output, summary, say)
     return _finished(output, summary)

@@ -63,6 +63,8 @@ class Prompt:
     content: str | tuple[Message, ...]  # a str is one user turn, or raw text without a chat template
     system: str | None
     settings: Settings
+    is_text: bool = False  # raw text that no chat template is applied to, whatever the job says of others
+    thinking: Literal["on", "off"] | None = None  # the line's own mode; None: the job's
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from pipeline.compression import DamagedStreamError, compressed, decompressing
 from pipeline.errors import DataError
-from pipeline.output import read_results
+from pipeline.output.results import read_results
 from pipeline.source.inputs import CHUNK_BYTES, expand_inputs, read_chunks
 from tests.command import overnight, read_output, without_times, write_job
 

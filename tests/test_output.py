@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import DataError, NotFoundError
-from pipeline.output import read_results, render
+from pipeline.output.native import render
+from pipeline.output.results import read_results
 from pipeline.records import Completion, Item, ItemError, Timing, Usage
 from pipeline.source.json_object import read_object
 

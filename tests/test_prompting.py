@@ -301,3 +301,28 @@ class TestBytesEncoder:
         )
         root = Path(__file__).parent.parent
         assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+
+
+def test_text_to_go_on_with_gets_no_template_whatever_the_job_says() -> None:
+    text = replace(prompt("once upon a time"), is_text=True)
+    alone = encoder("qwen", chat_template="off")
+    assert encoded(encoder().encode(text)).token_ids == encoded(alone.encode(prompt("once upon a time"))).token_ids
+    assert encoder().render(text) == "once upon a time"
+    assert encoded(alone.encode(text)) == encoded(alone.encode(prompt("once upon a time")))
+    kind, message = rejected(encoder(thinking_mode="on").encode(text))
+    assert kind == "thinking_unsupported" and "needs the model's chat template" in message
+
+
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_a_line_switches_thinking_as_the_job_would(mode: str) -> None:
+    line = replace(prompt("hi"), thinking=mode)
+    assert encoder().encode(line) == encoder(thinking_mode=mode).encode(prompt("hi"))
+    assert encoder().encode(line) != encoder().encode(prompt("hi")) or mode == "on"  # qwen reasons by itself
+    other = "off" if mode == "on" else "on"
+    assert encoder(thinking_mode=other).render(line) == encoder(thinking_mode=mode).render(prompt("hi"))
+
+
+def test_a_line_cannot_switch_on_what_the_model_has_not() -> None:
+    name = next(name for name in FAMILIES if family(name).chat_template and encoder(name).thinking is None)
+    kind, message = rejected(encoder(name).encode(replace(prompt("hi"), thinking="on")))
+    assert kind == "thinking_unsupported" and "no reasoning" in message

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.engines.echo import EchoEngine, Misbehaviour
 from pipeline.ledger.ledger import Ledger
-from pipeline.output import render
+from pipeline.output.native import render
 from pipeline.prompting.encoder import BytesEncoder
 from pipeline.records import Completion, Prompt, Request, Settings, Unfinished
 from pipeline.runner import Runner

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import SpecError
 from pipeline.records import Message, Prompt, Rejection, Settings
-from pipeline.source import line_parser as source
+from pipeline.source import bad_line
 from pipeline.source.inputs import expand_inputs
 from pipeline.source.line_parser import LineParser, validate_lines
 from pipeline.source.lines import RawLine, digest_inputs, read_lines
@@ -277,8 +277,8 @@ def test_the_dirty_example_shows_every_type_of_rejection() -> None:
     parser, files = LineParser(job), expand_inputs(job.input.path)
     parsed = [parser.parse(raw) for raw in read_lines(files, max_line_bytes=job.input.max_line)]
     types = Counter(each.error.type for each in parsed if isinstance(each, Rejection))
-    documented = (source.__doc__ or "").partition("Types of a rejection:")[2]
-    assert sorted(types) == sorted(re.findall(r"\w+", documented))
+    documented = (bad_line.__doc__ or "").partition("Types of a rejection:")[2]
+    assert sorted(types) == sorted(re.findall(r"\w+_\w+", documented.partition("\n\n")[0]))
     assert [each.item.id for each in parsed if isinstance(each, Prompt)] == ["good-first", "good-crlf", "good-last"]
     problems = list(validate_lines(job, files))
     assert [problem.line for problem in problems] == [each.item.line for each in parsed if isinstance(each, Rejection)]

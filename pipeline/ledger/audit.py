@@ -6,11 +6,9 @@ end of journal or partial file) is no fault.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 from pipeline.compression import DamagedStreamError, decompressing
@@ -20,9 +18,13 @@ from pipeline.ledger.history import History, Published, begin_history
 from pipeline.ledger.journal import JournalLine, Record, scan_journal, unreadable
 from pipeline.ledger.partial import Group, LineIndex, open_to_read, read_exactly, read_group
 from pipeline.ledger.publish import sha256_of, summary_bytes
+from pipeline.output.forms import Form
+from pipeline.output.native import NATIVE
 from pipeline.summary import Session
 
 Tell = Callable[[Problem], None]
+
+_DIFFERS = "is not what was published: its SHA-256 differs"
 
 
 class Audit:
@@ -74,12 +76,13 @@ class Audit:
                     next_line += len(group.numbers)
                     yield group
 
-    def check_output(self, lines: LineIndex | None, *, summary_line: bool) -> None:
-        """Tell whether output and summary are not what was published; `lines` are the answers, if they are sound."""
+    def check_output(self, lines: LineIndex | None, *, summary_line: bool, form: Form = NATIVE) -> None:
+        """Tell whether what was published is not what is there; `lines` are the answers, if they are sound."""
         history, paths = self.history, self._paths
         if history.is_published:
             published = history.published[-1]
-            self._check_bytes(published, lines, summary_line=summary_line)
+            self._check_bytes(published, lines, form, summary_line=summary_line)
+            self._check_companions(published)
             self._check_summary(published)
         elif os.path.lexists(paths.output) and sha256_of(paths.output) not in {it.sha256 for it in history.published}:
             self._tell(Problem("exists, and this run has not published it", file=str(paths.output)))
@@ -136,7 +139,7 @@ class Audit:
         self.journal_is_sound = False
         return True
 
-    def _check_bytes(self, published: Published, lines: LineIndex | None, *, summary_line: bool) -> None:
+    def _check_bytes(self, published: Published, lines: LineIndex | None, form: Form, *, summary_line: bool) -> None:
         output, summary = self._paths.output, self._paths.summary
         if not os.path.lexists(output):
             if summary.exists():
@@ -145,25 +148,27 @@ class Audit:
         try:
             if lines is None or not self.history.is_complete:
                 if sha256_of(output) != published.sha256:
-                    self._tell(Problem("is not what was published: its SHA-256 differs", file=str(output)))
+                    self._tell(Problem(_DIFFERS, file=str(output)))
             else:
-                tail = summary_bytes(published.summary) if summary_line else b""
-                self._compare(published, lines, tail)
+                self._compare(published, lines, form, summary_line=summary_line)
         except DamagedStreamError as error:
             self._tell(Problem(str(error), file=str(output)))
         except OSError as error:
             self._tell(Problem(f"cannot be read: {error.strerror}", file=str(output)))
 
-    def _compare(self, published: Published, lines: LineIndex, tail: bytes) -> None:
-        """The output, byte by byte, with the answers in input order and the summary."""
+    def _compare(self, published: Published, lines: LineIndex, form: Form, *, summary_line: bool) -> None:
+        """The output, byte by byte, with what the form makes of the answers and the summary."""
         output = self._paths.output
-        digest = hashlib.sha256()
         answers = ""
+
+        def conclude(sha256: str) -> bytes:
+            nonlocal answers
+            answers = sha256
+            return summary_bytes(published.summary)
+
         offset, line = 0, 1
         with output.open("rb") as raw, decompressing(raw, output.name) as file:
-            for expected in chain(lines.read_in_order(), (b"",), (tail,)):
-                if not expected:
-                    answers = digest.hexdigest()
+            for expected in form.encode(lines.read_in_order(), conclude, summary_line=summary_line):
                 found = file.read(len(expected))
                 if found != expected:
                     same = _num_common(found, expected)
@@ -171,7 +176,6 @@ class Audit:
                     place = line + expected.count(b"\n", 0, same)
                     self._tell(Problem(f"{what} at byte {offset + same}", file=str(output), line=place))
                     return
-                digest.update(found)
                 offset, line = offset + len(found), line + found.count(b"\n")
             if file.read(1):
                 self._tell(Problem(f"goes on after byte {offset}, where it was to end", file=str(output), line=line))
@@ -179,6 +183,19 @@ class Audit:
         if sha256_of(output) != published.sha256 or answers != published.summary.get("output_sha256"):
             message = "names another SHA-256 than that of the output, whose bytes are the run's answers"
             self._tell(Problem(message, file=str(self._paths.journal)))
+
+    def _check_companions(self, published: Published) -> None:
+        for suffix, digest in published.companions.items():
+            path = self._paths.companion(suffix)
+            try:
+                sha256 = sha256_of(path)
+            except OSError as error:
+                self._tell(Problem(f"cannot be read: {error.strerror}", file=str(path)))
+                continue
+            if sha256 is None:
+                self._tell(Problem("is missing; `overnight run` publishes it again", file=str(path)))
+            elif sha256 != digest.sha256:
+                self._tell(Problem(_DIFFERS, file=str(path)))
 
     def _check_summary(self, published: Published) -> None:
         path, expected = self._paths.summary, summary_bytes(published.summary)

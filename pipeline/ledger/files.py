@@ -59,7 +59,16 @@ class RunPaths:
     @property
     def unpublished(self) -> Path:
         """A file on its way to one of the names above; worthless after a crash."""
-        return self._beside(".unpublished")
+        return unpublished(self.output)
+
+    def companion(self, suffix: str) -> Path:
+        """A file that is published beside the output."""
+        return self._beside(suffix)
+
+
+def unpublished(target: Path) -> Path:
+    """The name of what is on its way to be `target`."""
+    return target.with_name(target.name + ".unpublished")
 
 
 class Files:

@@ -16,7 +16,8 @@ know the same. The kinds of record, and their fields beside `kind`:
     unfinished  answers: [number, kept, token ids] each: the ids that follow the first `kept` known ones; elapsed_s
     end         ended, elapsed_s: the session ended in good order
     retry       all answers that are errors are asked for again
-    publish     sha256 and num_bytes of the output that is about to appear; summary; input as it is now; elapsed_s
+    publish     sha256 and num_bytes of the output that is about to appear; companions: the same of the files that
+                appear beside it, by suffix; summary; input as it is now; elapsed_s
 
 The number of an answer is index * num_samples + sample; `numbers` are runs as `journal.write_runs` writes them.
 """
@@ -54,12 +55,26 @@ _RETRIED = bytes(0 if state == FAILED else state for state in range(256))
 
 
 @dataclass(frozen=True, slots=True)
+class FileDigest:
+    """What a file holds."""
+
+    sha256: str  # hexadecimal
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Published:
     """The output that the run has decided on; from then on this and no other file may have its name."""
 
     sha256: str
     num_bytes: int
     summary: Mapping[str, Json]
+    companions: Mapping[str, FileDigest] = field(default_factory=dict[str, FileDigest])  # by suffix: beside the output
+
+    @classmethod
+    def from_record(cls, record: Record) -> Published:
+        companions = {suffix: FileDigest(*digest) for suffix, digest in record.get("companions", {}).items()}
+        return cls(record["sha256"], record["num_bytes"], record["summary"], companions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +208,7 @@ class History:
     def _publish(self, record: Record) -> None:
         self._elapsed(record)
         self._end("finished")
-        self.published.append(Published(record["sha256"], record["num_bytes"], record["summary"]))
+        self.published.append(Published.from_record(record))
         self.is_published = True
         self.is_retry = False
 
@@ -215,6 +230,7 @@ def publish_record(published: Published, digest: InputDigest) -> Record:
         "kind": "publish",
         "sha256": published.sha256,
         "num_bytes": published.num_bytes,
+        "companions": {suffix: [it.sha256, it.num_bytes] for suffix, it in published.companions.items()},
         "summary": published.summary,
         "input": input_to_record(digest),
     }
@@ -291,6 +307,6 @@ def read_published(path: Path) -> tuple[Header, Published] | None:
         if first["kind"] != "header" or first["version"] != VERSION or last["kind"] != "publish":
             return None
         header = replace(Header.from_record(first), input=input_from_record(last["input"]))
-        return header, Published(last["sha256"], last["num_bytes"], last["summary"])
+        return header, Published.from_record(last)
     except (OSError, KeyError, TypeError, ValueError):
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
@@ -22,9 +22,18 @@ from pipeline.ledger.identity import Identity
 from pipeline.ledger.journal import Journal, Record, damaged, write_runs
 from pipeline.ledger.lock import RunLock
 from pipeline.ledger.partial import LineIndex, read_groups
-from pipeline.ledger.publish import place_output, sha256_of, write_output, write_summary
+from pipeline.ledger.publish import (
+    companions_in_place,
+    place_companions,
+    place_output,
+    sha256_of,
+    write_output,
+    write_summary,
+)
 from pipeline.ledger.recovery import Resume, begin, move_aside, no_run, recover, refuse_existing
 from pipeline.ledger.witness import Witness
+from pipeline.output.forms import Form
+from pipeline.output.native import NATIVE
 from pipeline.records import Completion, Json, Request, Unfinished
 from pipeline.summary import Session, Tally
 
@@ -88,11 +97,12 @@ class Ledger:
         files: Files = DISK,
         patience: Patience | None = None,
         witness: Witness | None = None,
+        companions: Collection[str] = (),
     ) -> Self:
         """Take up the run whose output is `output`, or begin it; `fresh` moves the files of an earlier run aside first.
 
         `retry` takes up a finished run, or an earlier retry, for the answers that are errors: a finished run has those
-        to give again.
+        to give again. `companions` are the suffixes of what the output's form puts beside it.
 
         Raises BusyError where another holds the run; SpecError naming each changed key; DataError for a changed input
         or a damaged file; OutputError for a stranger's output, for an earlier run if `resume` is never, and where the
@@ -108,9 +118,9 @@ class Ledger:
         lock = RunLock(paths.lock, files)
         try:
             if fresh:
-                move_aside(files, paths)
+                move_aside(files, paths, companions)
             if not paths.journal.exists():
-                begin(files, patience, paths, identity)
+                begin(files, patience, paths, identity, companions)
             elif resume == "never" and not retry:
                 refuse_existing(paths)
             recovered = recover(files, patience, paths, identity, may_grow=resume == "always", retry=retry)
@@ -268,8 +278,8 @@ class Ledger:
         if new:
             self._record({"kind": "unfinished", "answers": new, "elapsed_s": self._elapsed_s()}, sync=True)
 
-    def publish(self, summarize: Summarize, *, summary_line: bool) -> Mapping[str, Json]:
-        """Commit, then make X and X.summary.json appear, and return the summary.
+    def publish(self, summarize: Summarize, *, summary_line: bool, form: Form = NATIVE) -> Mapping[str, Json]:
+        """Commit, then make X in its form, what goes beside it and X.summary.json appear, and return the summary.
 
         `summarize` gets the tally, the sessions and the SHA-256 of the lines. It is not asked again when an earlier
         process got as far as deciding: the output is then exactly the one decided on. Raises ValueError while
@@ -280,7 +290,7 @@ class Ledger:
         if not history.is_complete:
             raise ValueError(f"{self.num_answers - history.num_done} answers are missing")
         decided = history.published[-1] if history.is_published else None
-        if decided is None or sha256_of(paths.output) != decided.sha256:
+        if decided is None or sha256_of(paths.output) != decided.sha256 or not companions_in_place(paths, decided):
             sessions = list(history.sessions)
             sessions[-1] = replace(sessions[-1], duration=self._elapsed_s(), ended="finished")
             groups = read_groups(paths.journal, paths.partial)
@@ -289,15 +299,17 @@ class Ledger:
                 self._files,
                 self._patience,
                 paths,
-                lines.read_in_order(),
+                lines.read_in_order,
                 lambda sha256: decided.summary if decided else summarize(history.tally, sessions, sha256),
                 summary_line=summary_line,
+                form=form,
             )
             if decided is None:
                 record = publish_record(built, history.header.input)
                 self._record({**record, "elapsed_s": self._elapsed_s()}, sync=True)
             elif built != decided:
                 raise damaged(paths.journal, "names an output that these answers do not make")
+            place_companions(self._files, paths, built)
             place_output(self._files, paths, {published.sha256 for published in history.published})
         # Also where an earlier process placed the output and was killed before it could do this.
         with writing(paths.output):

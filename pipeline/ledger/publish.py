@@ -10,63 +10,67 @@ from pathlib import Path
 
 from pipeline.compression import compressed
 from pipeline.errors import OutputError, Problem
-from pipeline.ledger.files import Files, GrowingFile, Patience, RunPaths, place_new, writing
-from pipeline.ledger.history import Published
+from pipeline.ledger.files import Files, GrowingFile, Patience, RunPaths, place_new, unpublished, writing
+from pipeline.ledger.history import FileDigest, Published
+from pipeline.output.forms import Form
+from pipeline.output.native import NATIVE
 from pipeline.records import Json
 
 _WRITE_BYTES = 1 << 20
 
 Summarize = Callable[[str], Mapping[str, Json]]
+Lines = Callable[[], Iterable[bytes]]
 
 
 def write_output(
     files: Files,
     patience: Patience,
     paths: RunPaths,
-    lines: Iterable[bytes],
+    lines: Lines,
     summarize: Summarize,
     *,
     summary_line: bool,
+    form: Form = NATIVE,
 ) -> Published:
-    """Write `lines` and, if asked for, the summary as last line to a nameless file, synced and ready to be placed.
+    """Write the answers in their form to a nameless file, synced and ready to be placed, and so what goes beside it.
 
-    A name that ends with .gz, .bz2, .xz or .zst asks for that compression. `summarize` is given the hexadecimal SHA-256
-    of all lines before the summary's, uncompressed; the digest returned is that of the file. Raises WriteError.
+    A name that ends with .gz, .bz2, .xz or .zst asks for that compression. `lines` gives the native lines each time it
+    is called; `summarize` is given the hexadecimal SHA-256 of the answers as the form has them, uncompressed, and the
+    summary's line is the last one if asked for and if the form has such a thing. The digests returned are those of the
+    files. Raises WriteError.
     """
-    with _Unpublished(files, patience, paths) as file:
-        content = _Content(lines, summarize, summary_line=summary_line)
+    companions: dict[str, FileDigest] = {}
+    for suffix, content in form.companions.items():
+        companions[suffix] = _write(files, patience, paths.companion(suffix), content(lines()))
+    summary: Mapping[str, Json] | None = None
+
+    def conclude(sha256: str) -> bytes:
+        nonlocal summary
+        summary = summarize(sha256)
+        return summary_bytes(summary)
+
+    content = _gathered(form.encode(lines(), conclude, summary_line=summary_line))
+    output = _write(files, patience, paths.output, compressed(content, paths.output.name))
+    assert summary is not None
+    return Published(output.sha256, output.num_bytes, summary, companions)
+
+
+def _write(files: Files, patience: Patience, target: Path, content: Iterable[bytes]) -> FileDigest:
+    """Write the file that is to become `target`, synced."""
+    with _Unpublished(files, patience, target) as file:
         digest = hashlib.sha256()
-        for data in compressed(content, paths.output.name):
+        for data in content:
             digest.update(data)
             file.append(data)
         file.sync()
-        assert content.summary is not None
-        return Published(digest.hexdigest(), file.size, content.summary)
+        return FileDigest(digest.hexdigest(), file.size)
 
 
-class _Content:
-    """What the output holds, in pieces of about a mebibyte; `summary` is known when the last line has been drawn."""
-
-    def __init__(self, lines: Iterable[bytes], summarize: Summarize, *, summary_line: bool) -> None:
-        self._lines = lines
-        self._summarize = summarize
-        self._summary_line = summary_line
-        self.summary: Mapping[str, Json] | None = None
-
-    def __iter__(self) -> Iterator[bytes]:
-        digest = hashlib.sha256()
-        for piece in _gathered(self._lines):
-            digest.update(piece)
-            yield piece
-        self.summary = self._summarize(digest.hexdigest())
-        if self._summary_line:
-            yield summary_bytes(self.summary)
-
-
-def _gathered(lines: Iterable[bytes]) -> Iterator[bytes]:
+def _gathered(content: Iterable[bytes]) -> Iterator[bytes]:
+    """The same in pieces of about a mebibyte."""
     waiting: list[bytes] = []
     waiting_bytes = 0
-    for data in lines:
+    for data in content:
         waiting.append(data)
         waiting_bytes += len(data)
         if waiting_bytes >= _WRITE_BYTES:
@@ -92,12 +96,31 @@ def place_output(files: Files, paths: RunPaths, ours: Collection[str]) -> None:
                 raise stranger(paths.output) from None
 
 
+def place_companions(files: Files, paths: RunPaths, published: Published) -> None:
+    """Give the files that `write_output` wrote beside the output their names; the caller syncs the directory.
+
+    Raises WriteError.
+    """
+    for suffix in published.companions:
+        target = paths.companion(suffix)
+        with writing(target):
+            files.rename(unpublished(target), target)
+
+
+def companions_in_place(paths: RunPaths, published: Published) -> bool:
+    """Whether all that goes beside the output is there; the size is taken for the content."""
+    return all(
+        (path := paths.companion(suffix)).is_file() and path.stat().st_size == digest.num_bytes
+        for suffix, digest in published.companions.items()
+    )
+
+
 def place_journal(files: Files, patience: Patience, paths: RunPaths, line: bytes) -> None:
     """Begin a journal with its first line: it is never seen without, and never takes the place of another file.
 
     It also shows, before anything is spent on answers, that this file system can publish. Raises OSError, WriteError.
     """
-    with _Unpublished(files, patience, paths) as file:
+    with _Unpublished(files, patience, paths.output) as file:
         file.append(line)
         file.sync()
     place_new(files, paths.unpublished, paths.journal)
@@ -105,7 +128,7 @@ def place_journal(files: Files, patience: Patience, paths: RunPaths, line: bytes
 
 def write_summary(files: Files, patience: Patience, paths: RunPaths, summary: Mapping[str, Json]) -> None:
     """Raises WriteError."""
-    with _Unpublished(files, patience, paths) as file:
+    with _Unpublished(files, patience, paths.output) as file:
         file.append(summary_bytes(summary))
         file.sync()
     with writing(paths.summary):
@@ -135,9 +158,9 @@ class _Unpublished:
     """The file that is on its way to a name. What a crash left there may be a second name of the output: never reuse
     its bytes, only its name."""
 
-    def __init__(self, files: Files, patience: Patience, paths: RunPaths) -> None:
+    def __init__(self, files: Files, patience: Patience, target: Path) -> None:
         self._files = files
-        self._path = paths.unpublished
+        self._path = unpublished(target)
         with writing(self._path):
             files.unlink(self._path)
             self._file = GrowingFile(files, self._path, patience, flags=os.O_CREAT | os.O_EXCL)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from pipeline.ledger.identity import Header, Identity, check_input, check_job, i
 from pipeline.ledger.journal import Journal, Record, damaged, encode_line
 from pipeline.ledger.lock import lock_holder
 from pipeline.ledger.partial import read_groups
-from pipeline.ledger.publish import place_journal, stranger, summary_bytes
+from pipeline.ledger.publish import companions_in_place, place_journal, stranger, summary_bytes
 from pipeline.records import Json
 
 Resume = Literal["if-unchanged", "always", "never"]
@@ -80,9 +80,14 @@ def find_finished(
     return published.summary
 
 
-def begin(files: Files, patience: Patience, paths: RunPaths, identity: Identity) -> None:
-    """Make the journal of a new run. Raises OutputError where a stranger's file is in the way, DataError for a rest."""
-    for path in (paths.output, paths.summary):
+def begin(
+    files: Files, patience: Patience, paths: RunPaths, identity: Identity, companions: Collection[str] = ()
+) -> None:
+    """Make the journal of a new run, which will publish `companions` beside its output, by suffix.
+
+    Raises OutputError where a stranger's file is in the way, DataError for a rest.
+    """
+    for path in (paths.output, paths.summary, *map(paths.companion, companions)):
         if os.path.lexists(path):
             raise stranger(path)
     if paths.partial.exists() and paths.partial.stat().st_size > 0:
@@ -136,10 +141,15 @@ def recover(
     return history, journal, partial
 
 
-def move_aside(files: Files, paths: RunPaths) -> None:
-    """Rename all files of an earlier run but the lock to NAME.old-N. The caller holds the lock. Raises OutputError."""
+def move_aside(files: Files, paths: RunPaths, companions: Collection[str] = ()) -> None:
+    """Rename all files of an earlier run but the lock to NAME.old-N, and those that `companions` would replace.
+
+    The caller holds the lock. Raises OutputError.
+    """
+    found = read_published(paths.journal)
+    beside = {*companions, *(() if found is None else found[1].companions)}
     # The journal first, so that a run that is half moved away is refused, not resumed; then the sign that it is done.
-    ours = [paths.journal, paths.summary, paths.output, paths.partial, paths.log]
+    ours = [paths.journal, paths.summary, paths.output, paths.partial, paths.log, *map(paths.companion, sorted(beside))]
     number = 1
     while any(os.path.lexists(_old(path, number)) for path in ours):
         number += 1
@@ -166,10 +176,11 @@ def _old(path: Path, number: int) -> Path:
 
 
 def is_in_place(paths: RunPaths, published: Published) -> bool:
-    """Whether output and summary are there; of the output the size is taken for the content."""
+    """Whether all that was published is there; of all but the summary the size is taken for the content."""
     try:
         right_size = paths.output.stat().st_size == published.num_bytes
-        return right_size and paths.summary.read_bytes() == summary_bytes(published.summary)
+        is_there = right_size and companions_in_place(paths, published)
+        return is_there and paths.summary.read_bytes() == summary_bytes(published.summary)
     except FileNotFoundError:
         return False
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Literal
 
@@ -66,10 +67,25 @@ class PromptEncoder:
         self._guarded = not allow_control_tokens
         self._limit = LengthLimit(context_length, over_length)
         self._frame = lru_cache(maxsize=1024)(self._encode_frame)
+        self._mode = thinking_mode
+
+        def variant(chat_template: Literal["auto", "off"], mode: ThinkingMode) -> PromptEncoder:
+            return PromptEncoder(
+                tokenizer,
+                context_length=context_length,
+                thinking_mode=mode,
+                chat_template=chat_template,
+                over_length=over_length,
+                allow_control_tokens=allow_control_tokens,
+            )
+
+        self._variant = lru_cache(maxsize=None)(variant)
 
     def encode(self, prompt: Prompt) -> Request | Rejection:
         """The first sample's request; a Rejection says why this prompt cannot be answered."""
         try:
+            if (encoder := self._encoder_for(prompt)) is not self:
+                return encoder.encode(replace(prompt, is_text=False, thinking=None))
             ids, settings = self._limit.fit(self._messages(prompt), prompt.settings, self._encode, self._cut)
         except PromptRefused as refused:
             return Rejection(prompt.item, refused.error)
@@ -78,9 +94,23 @@ class PromptEncoder:
     def render(self, prompt: Prompt) -> str | Rejection:
         """The text that is encoded, before any cut to length; what the tokenizer adds (BOS) is not shown."""
         try:
+            if (encoder := self._encoder_for(prompt)) is not self:
+                return encoder.render(replace(prompt, is_text=False, thinking=None))
             return self._render(self._messages(prompt))
         except PromptRefused as refused:
             return Rejection(prompt.item, refused.error)
+
+    def _encoder_for(self, prompt: Prompt) -> PromptEncoder:
+        """One that does what this line asks of template and thinking, if that is not what the job asks."""
+        is_text = prompt.is_text and self._template is not None
+        mode = prompt.thinking or self._mode
+        if not is_text and mode == self._mode:
+            return self
+        try:
+            return self._variant("off" if is_text or self._template is None else "auto", mode)
+        except SpecError as error:
+            reasons = "; ".join(problem.message.partition("; set it")[0] for problem in error.problems)
+            raise PromptRefused("thinking_unsupported", f"thinking cannot be {reasons}") from error
 
     def _messages(self, prompt: Prompt) -> tuple[Message, ...]:
         messages = _as_messages(prompt)

@@ -19,9 +19,7 @@ from pipeline.spec.units import format_duration
 NOT_YET: dict[str, tuple[object, ...] | None] = {
     "model.activation": None,  # kernels with quantized activations
     "model.repack_cache": None,  # the fast AutoRound loader
-    "input.format": ("openai-batch",),
     "generation.deterministic": None,  # batch-invariant arithmetic
-    "output.format": None,  # OpenAI batch lines
     "run.metrics": None,  # Prometheus textfile
     "run.on_finish": None,  # notification
 }
@@ -123,8 +121,8 @@ RULES = (
     ),
     Rule(
         ("input.template", "input.format"),
-        lambda spec: spec.input.template is not None and spec.input.format == "messages",
-        "has no meaning with input.format messages; leave one of the two out",
+        lambda spec: spec.input.template is not None and spec.input.format in ("messages", "openai-batch"),
+        "has no meaning with input.format messages or openai-batch; leave one of the two out",
     ),
     Rule(
         ("input.prompt_field", "input.template"),
@@ -140,6 +138,11 @@ RULES = (
         ("input.system", "input.chat_template"),
         lambda spec: spec.input.system is not None and spec.input.chat_template == "off",
         "has no place without a chat template; write it into input.template, or leave input.chat_template out",
+    ),
+    Rule(
+        ("output.keep_fields", "output.format"),
+        lambda spec: spec.output.format == "openai-batch" and spec.output.keep_fields != "all",
+        "has no place in OpenAI's shape, which repeats nothing of the input; leave it out",
     ),
     Rule(("output.path",), _is_directory, "is a directory; name a file in it"),
     Rule(

@@ -16,6 +16,7 @@ from pipeline.ledger.identity import Header, check_input, check_job
 from pipeline.ledger.lock import lock_holder
 from pipeline.ledger.partial import Group, LineIndex
 from pipeline.ledger.recovery import no_run
+from pipeline.output import choose_form
 from pipeline.source.inputs import expand_inputs
 from pipeline.source.json_object import BadJsonError, read_object
 from pipeline.spec.keys import JobSpec
@@ -142,7 +143,7 @@ def verify_job(spec: JobSpec, tell: Callable[[Problem], None]) -> Verification:
     else:
         lines = None
     if process is None:
-        audit.check_output(lines, summary_line=spec.output.summary_line)
+        audit.check_output(lines, summary_line=spec.output.summary_line, form=choose_form(spec))
     return Verification(
         output=str(paths.output),
         state=_state(paths, history, process),

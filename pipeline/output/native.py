@@ -1,17 +1,35 @@
-"""One completion to one line of the native output, and a file of such lines back to records."""
+"""One completion to one native line, in which a run keeps its answers, and the file of such lines."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Literal, cast
 
 from pydantic_core import to_json
 
-from pipeline.compression import DamagedStreamError, decompressing
-from pipeline.errors import DataError, NotFoundError, Problem
+from pipeline.output.forms import Conclude
 from pipeline.records import Completion, Item, ItemError, Timing, Usage
+
+
+class Native:
+    """The native lines as they are, and the summary as the last line if asked for."""
+
+    companions: Mapping[str, Callable[[Iterable[bytes]], Iterator[bytes]]] = {}
+
+    def encode(self, lines: Iterable[bytes], conclude: Conclude, *, summary_line: bool) -> Iterator[bytes]:
+        """The digest that `conclude` is given covers all lines before the summary's."""
+        digest = hashlib.sha256()
+        for piece in lines:
+            digest.update(piece)
+            yield piece
+        summary = conclude(digest.hexdigest())
+        if summary_line:
+            yield summary
+
+
+NATIVE = Native()
 
 
 def render(completion: Completion, *, keep_fields: Literal["all", "none"] | Sequence[str] = "all") -> bytes:
@@ -96,29 +114,3 @@ def _without_surrogates(value: object) -> object:
     if isinstance(value, list | tuple):
         return [_without_surrogates(inner) for inner in cast("Iterable[object]", value)]
     return value
-
-
-def read_results(path: Path | str) -> Iterator[dict[str, Any]]:
-    """The answers in an output file, one record a line in the order of the file; the summary line is left out.
-
-    Raises NotFoundError if the file cannot be read, DataError with file and line where a line is no record.
-    """
-    import jsonlines
-
-    try:
-        # As bytes, so that a line ends with a line end and nothing else.
-        with (
-            Path(path).open("rb") as raw,
-            decompressing(raw, Path(path).name) as file,
-            jsonlines.Reader(file) as reader,
-        ):
-            for record in cast("Iterator[dict[str, Any]]", reader.iter(type=dict)):
-                if record.get("object") != "summary":
-                    yield record
-    except jsonlines.InvalidLineError as error:
-        reason = f"this is no record of an output: {error.__cause__ or 'it is no JSON object'}"
-        raise DataError(Problem(reason, file=str(path), line=error.lineno)) from None
-    except DamagedStreamError as error:
-        raise DataError(Problem(str(error), file=str(path))) from None
-    except OSError as error:
-        raise NotFoundError(Problem(f"cannot be read: {error.strerror}", file=str(path))) from None
