@@ -47,9 +47,9 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
         time.sleep(0.01)
 
 
-def is_generating(directory: Path) -> bool:
+def is_generating(directory: Path, output: str = "out.jsonl") -> bool:
     """Whether the run of `write_job` has committed its first answers."""
-    journal = directory / "out.jsonl.journal"
+    journal = directory / f"{output}.journal"
     return journal.exists() and b'"commit"' in journal.read_bytes()
 
 

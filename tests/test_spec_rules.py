@@ -41,8 +41,9 @@ def test_the_least_job_breaks_nothing() -> None:
         ({"output.path": "runs/"}, "output.path", "is a directory"),
         ({"output.path": "."}, "output.path", "is a directory"),
         ({"input.template": "{a"}, "input.template", "line 1, column 1 of the template"),
-        ({"input.path": ["a.jsonl", "B.PARQUET"]}, "input.path", ".PARQUET is not available yet"),
-        ({"input.path": "a.parquet"}, "input.path", ".parquet is not available yet"),
+        ({"output.path": "a.arrow"}, "output.path", "not written"),
+        ({"output.path": "a.PARQUET", "output.format": "openai-batch"}, "output.path", "is a table"),
+        ({"output.keep_fields": "none", "output.format": "openai-batch"}, "output.keep_fields", "no place"),
     ],
 )
 def test_contradictions(values: dict[str, Any], key: str, part: str) -> None:
@@ -96,9 +97,7 @@ def test_the_output_is_no_input(
 NOT_DEFAULT: dict[str, tuple[object, str]] = {
     "model.activation": ("int8", "exact"),
     "model.repack_cache": ("off", "auto"),
-    "input.format": ("openai-batch", "auto"),
     "generation.deterministic": (True, "false"),
-    "output.format": ("openai-batch", "native"),
     "run.metrics": ("x.prom", "null"),
     "run.on_finish": (["true"], "null"),
 }

@@ -7,6 +7,7 @@ end of journal or partial file) is no fault.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -166,6 +167,12 @@ class Audit:
             answers = sha256
             return summary_bytes(published.summary)
 
+        if not form.has_lines:  # another version of the library writes other bytes for the same rows
+            if sha256_of(output) != published.sha256:
+                self._tell(Problem(_DIFFERS, file=str(output)))
+            deque(form.encode(lines.read_in_order(), conclude, summary_line=summary_line), maxlen=0)
+            self._check_digest(answers, published)
+            return
         offset, line = 0, 1
         with output.open("rb") as raw, decompressing(raw, output.name) as file:
             for expected in form.encode(lines.read_in_order(), conclude, summary_line=summary_line):
@@ -180,7 +187,10 @@ class Audit:
             if file.read(1):
                 self._tell(Problem(f"goes on after byte {offset}, where it was to end", file=str(output), line=line))
                 return
-        if sha256_of(output) != published.sha256 or answers != published.summary.get("output_sha256"):
+        self._check_digest(answers if sha256_of(output) == published.sha256 else None, published)
+
+    def _check_digest(self, answers: str | None, published: Published) -> None:
+        if answers != published.summary.get("output_sha256"):
             message = "names another SHA-256 than that of the output, whose bytes are the run's answers"
             self._tell(Problem(message, file=str(self._paths.journal)))
 

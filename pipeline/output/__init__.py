@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from pipeline.columnar import is_columnar
 from pipeline.output.forms import Form
 from pipeline.output.native import NATIVE
 from pipeline.output.openai_batch import KEPT_FIELDS, OpenAIBatch
+from pipeline.output.parquet import Parquet
 from pipeline.spec.fingerprint import fingerprint
 from pipeline.spec.keys import JobSpec
 
@@ -16,7 +18,7 @@ def choose_form(spec: JobSpec) -> Form:
     """The form that the job asks for."""
     if spec.output.format == "openai-batch":
         return OpenAIBatch(model=spec.model.path or spec.model.engine, fingerprint=fingerprint(spec))
-    return NATIVE
+    return Parquet() if is_columnar(spec.output.path) else NATIVE
 
 
 def kept_fields(spec: JobSpec) -> Literal["all", "none"] | Sequence[str]:

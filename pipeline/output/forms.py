@@ -8,6 +8,9 @@ from typing import Protocol
 # Given the hexadecimal SHA-256 of the answers, makes the summary and returns its line.
 Conclude = Callable[[str], bytes]
 
+# From the suffix of each file that is published beside the output to what makes its content of the native lines.
+Companions = Mapping[str, Callable[[Iterable[bytes]], Iterator[bytes]]]
+
 
 class Form(Protocol):
     """One form of output.
@@ -16,8 +19,9 @@ class Form(Protocol):
     the same bytes, so that a publishing that was interrupted is finished by another process.
     """
 
-    companions: Mapping[str, Callable[[Iterable[bytes]], Iterator[bytes]]]
-    """What is published beside the output: from the suffix of each file to what makes its content of the lines."""
+    companions: Companions
+    has_lines: bool
+    """Text, which whatever version of a library writes the same."""
 
     def encode(self, lines: Iterable[bytes], conclude: Conclude, *, summary_line: bool) -> Iterator[bytes]:
         """The content of the output, before any compression; calls `conclude` once, when all answers are drawn."""

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Any, Literal, cast
 
 from pydantic_core import to_json
 
-from pipeline.output.forms import Conclude
+from pipeline.output.forms import Companions, Conclude
 from pipeline.records import Completion, Item, ItemError, Timing, Usage
 
 
 class Native:
     """The native lines as they are, and the summary as the last line if asked for."""
 
-    companions: Mapping[str, Callable[[Iterable[bytes]], Iterator[bytes]]] = {}
+    companions: Companions = MappingProxyType({})
+    has_lines = True
 
     def encode(self, lines: Iterable[bytes], conclude: Conclude, *, summary_line: bool) -> Iterator[bytes]:
         """The digest that `conclude` is given covers all lines before the summary's."""

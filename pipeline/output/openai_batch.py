@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic_core import from_json, to_json
 
-from pipeline.output.forms import Conclude
+from pipeline.output.forms import Companions, Conclude
 
 # What a line is not to blame for: the service failed, in the words of HTTP. All else is a bad request.
 _OUR_FAULTS = frozenset({"engine_error", "out_of_memory", "crashed", "stalled", "echo_failure"})
@@ -28,10 +28,12 @@ KEPT_FIELDS = ("url",)  # of the input line, in the native lines: says which of 
 class OpenAIBatch:
     """The form of one job's output. `model` is what answered; ids are derived from `fingerprint` and the index."""
 
+    has_lines = True
+
     def __init__(self, *, model: str, fingerprint: str) -> None:
         self._model = model
         self._fingerprint = fingerprint
-        self.companions = {".timing.jsonl": timing_lines}
+        self.companions: Companions = {".timing.jsonl": timing_lines}
 
     def encode(self, lines: Iterable[bytes], conclude: Conclude, *, summary_line: bool) -> Iterator[bytes]:
         """One line for each item. A summary line would be no line of this format, so there is none."""
@@ -58,7 +60,7 @@ class OpenAIBatch:
         }
 
     def _body(self, key: str, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        asked = samples[0]["input"] or {}
+        asked: dict[str, Any] = samples[0]["input"] or {}
         is_text = asked.get("url") == _TEXT_URL
         usages = [sample["usage"] for sample in samples]
         prompt_tokens = usages[0]["prompt_tokens"]

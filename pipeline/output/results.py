@@ -6,18 +6,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+from pipeline.columnar import is_columnar
 from pipeline.compression import DamagedStreamError, decompressing
 from pipeline.errors import DataError, NotFoundError, Problem
+from pipeline.output.parquet import read_parquet
 
 
 def read_results(path: Path | str) -> Iterator[dict[str, Any]]:
-    """The answers in an output file, one record a line in the order of the file; the summary line is left out.
+    """The answers in an output file, one record a line or row in the order of the file; the summary line is left out.
 
-    Raises NotFoundError if the file cannot be read, DataError with file and line where a line is no record.
+    Raises NotFoundError if the file cannot be read, DataError with file and line where a line is no record, or where
+    the file is damaged.
     """
     import jsonlines
 
     try:
+        if is_columnar(str(path)):
+            yield from read_parquet(Path(path))
+            return
         # As bytes, so that a line ends with a line end and nothing else.
         with (
             Path(path).open("rb") as raw,

@@ -1,4 +1,4 @@
-"""Which files the input is, and their decompressed bytes."""
+"""Which files the input is, and their lines: decompressed, or made of the rows of tables."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from pipeline.columnar import DirectoryRefused, is_columnar, rows_as_lines, tables_in
 from pipeline.compression import DamagedStreamError, decompressing
 from pipeline.errors import DataError, NotFoundError, Problem, SpecError
 
@@ -27,7 +28,9 @@ class InputFile:
 
 
 def expand_inputs(paths: Sequence[str]) -> list[InputFile]:
-    """The files that the paths and globs of `input.path` name: in the order given, each glob sorted.
+    """The files that the paths, globs and directories of `input.path` name: in the order given, each glob sorted.
+
+    A directory stands for the tables of a data set.
 
     Raises NotFoundError with all that is missing, unreadable or no plain file; SpecError where one file comes twice.
     """
@@ -48,20 +51,32 @@ def expand_inputs(paths: Sequence[str]) -> list[InputFile]:
 
 
 def _expand(pattern: str) -> list[Path]:
-    if not glob.has_magic(pattern):
-        return [Path(pattern)]
+    if not glob.has_magic(pattern) or Path(pattern).is_dir():
+        return _files_of(Path(pattern))
     matches = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207  Path.glob refuses absolute patterns
     # Without a match it may still be the plain name of a file.
     return [path for match in matches if not (path := Path(match)).is_dir()] or [Path(pattern)]
 
 
+def _files_of(path: Path) -> list[Path]:
+    """The path itself, or the tables of the data set that it is the directory of."""
+    try:
+        return tables_in(path) if path.is_dir() else [path]
+    except DirectoryRefused as error:
+        raise _refuse(path, str(error)) from None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise _refuse(path, f"is no data set that can be read: {error}") from None
+
+
+def _refuse(path: Path, message: str) -> NotFoundError:
+    return NotFoundError(Problem(message, file=str(path), field="input.path"))
+
+
 def _stat_input(path: Path) -> InputFile:
     def refuse(message: str) -> NotFoundError:
-        return NotFoundError(Problem(message, file=str(path), field="input.path"))
+        return _refuse(path, message)
 
     try:
-        if path.is_dir():
-            raise refuse(f"this is a directory; name the files in it, for example with {path / '*.jsonl'}")
         # Asked before opening: the open of a named pipe would wait for its writer.
         if path.exists() and not path.is_file():
             raise refuse("this is no plain file, and the input is read more than once; save it to a file first")
@@ -75,13 +90,12 @@ def _stat_input(path: Path) -> InputFile:
 
 
 @contextmanager
-def _reading(file: InputFile) -> Generator[tuple[IO[bytes], IO[bytes]]]:
-    """The file as it lies on disk and decompressed; what goes wrong while reading becomes an error with its name."""
+def _reading(file: InputFile) -> Generator[IO[bytes]]:
+    """The file as it lies on disk; what goes wrong while reading it becomes an error with its name."""
     try:
         with file.path.open("rb", buffering=0) as raw:
             _refuse_changed(file, raw)
-            with decompressing(raw, file.path.name) as stream:
-                yield raw, stream
+            yield raw
     except DamagedStreamError as error:
         raise DataError(Problem(str(error), file=str(file.path))) from None
     except OSError as error:
@@ -96,14 +110,24 @@ def _refuse_changed(file: InputFile, raw: IO[bytes]) -> None:
 
 
 def read_chunks(file: InputFile, chunk_bytes: int, progress: Callable[[int], None] | None = None) -> Iterator[bytes]:
-    """Decompressed bytes of one file; the first chunk is its first three bytes, where a byte order mark would be."""
-    with _reading(file) as (raw, stream):
+    """The lines of one file, decompressed, or the rows of a table as lines.
+
+    The first chunk is the first three bytes, where a byte order mark would be; of a table, which has none, some lines.
+    """
+    name = file.path.name
+    with _reading(file) as raw:
         position = 0
-        chunk = stream.read(len(BYTE_ORDER_MARK))
-        while chunk:
+        for chunk in rows_as_lines(raw, name) if is_columnar(name) else _decompressed(raw, name, chunk_bytes):
             yield chunk
-            chunk = stream.read(chunk_bytes)
             _refuse_changed(file, raw)
             if progress is not None:
                 progress(raw.tell() - position)
                 position = raw.tell()
+
+
+def _decompressed(raw: IO[bytes], name: str, chunk_bytes: int) -> Iterator[bytes]:
+    with decompressing(raw, name) as stream:
+        chunk = stream.read(len(BYTE_ORDER_MARK))
+        while chunk:
+            yield chunk
+            chunk = stream.read(chunk_bytes)

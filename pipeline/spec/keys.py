@@ -168,7 +168,10 @@ class TemplateFile(Section):
 class InputSpec(Section):
     """Where the prompts come from, and how a line becomes one."""
 
-    path: Paths = Field(description="A JSONL file, a glob, or a list of these; plain, .gz, .bz2, .xz or .zst.")
+    path: Paths = Field(
+        description="A file, a glob, a directory of a data set, or a list of these: JSONL (plain, .gz, .bz2, .xz or "
+        ".zst), .parquet or .arrow."
+    )
     format: Literal["auto", "prompt", "messages", "openai-batch"] = Field(
         default="auto", description="What a line holds; auto decides line by line."
     )
@@ -261,8 +264,8 @@ class OutputSpec(Section):
     """Where the answers go and what a line of them holds."""
 
     path: FilePath = Field(
-        description="The JSONL file to publish, compressed if it ends with .gz, .bz2, .xz or .zst; the files "
-        "of the run stand beside it."
+        description="The file to publish: JSONL, compressed if it ends with .gz, .bz2, .xz or .zst, or .parquet; the "
+        "files of the run stand beside it."
     )
     format: Literal["native", "openai-batch"] = Field(default="native", description="Shape of a line.")
     keep_fields: Literal["all", "none"] | Texts = Field(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import PurePath
 
-from pipeline.compression import missing_library
+from pipeline import columnar, compression
 from pipeline.spec.keys import EchoSpec, JobSpec, job_keys, value_of
 from pipeline.spec.template import check_template
 from pipeline.spec.units import format_duration
@@ -23,7 +23,6 @@ NOT_YET: dict[str, tuple[object, ...] | None] = {
     "run.metrics": None,  # Prometheus textfile
     "run.on_finish": None,  # notification
 }
-NOT_YET_SUFFIXES = (".parquet",)  # of input.path
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +60,8 @@ def broken_rules(spec: JobSpec) -> Iterator[Broken]:
 
 def _unreadable_kinds(spec: JobSpec) -> Iterator[Broken]:
     """Names that ask for a format or compression that cannot be had here."""
-    for path in spec.input.path:
-        if path.lower().endswith(NOT_YET_SUFFIXES):
-            message = f"{path}: {PurePath(path).suffix} is not available yet; give JSONL"
-            yield Broken("input.path", message, ("input.path",))
     for key, path in (*(("input.path", path) for path in spec.input.path), ("output.path", spec.output.path)):
-        if lacking := missing_library(path):
+        if lacking := compression.missing_library(path) or columnar.missing_library(path):
             yield Broken(key, f"{path}: {lacking}", (key,))
 
 
@@ -143,6 +138,16 @@ RULES = (
         ("output.keep_fields", "output.format"),
         lambda spec: spec.output.format == "openai-batch" and spec.output.keep_fields != "all",
         "has no place in OpenAI's shape, which repeats nothing of the input; leave it out",
+    ),
+    Rule(
+        ("output.path", "output.format"),
+        lambda spec: spec.output.format == "openai-batch" and columnar.is_columnar(spec.output.path),
+        "is a table, and output.format openai-batch is lines; name a .jsonl file",
+    ),
+    Rule(
+        ("output.path",),
+        lambda spec: spec.output.path.lower().endswith(".arrow"),
+        "can be read as input, not written; name a .parquet or .jsonl file",
     ),
     Rule(("output.path",), _is_directory, "is a directory; name a file in it"),
     Rule(

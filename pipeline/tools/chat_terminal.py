@@ -19,7 +19,7 @@ from pipeline.errors import (
     StoppedError,
     UsageError,
 )
-from pipeline.output import render
+from pipeline.output.native import render
 from pipeline.records import Completion
 from pipeline.spec.wording import nearest
 from pipeline.tools.chat import Chat, Turn
