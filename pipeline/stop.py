@@ -113,8 +113,8 @@ class Stop:
         last_number, last_time = self._last_signal
         self._last_signal = (number, now)
         if last_number:
-            if number == last_number and now - last_time < _ECHO_S:
-                return
+            if number == last_number and (now - last_time < _ECHO_S or number == signal.SIGXCPU):
+                return  # the kernel repeats XCPU with every second of processor time
             os._exit(StoppedError.exit_code)
         self.request(signal.Signals(number).name)
         if self._doing is not None:

@@ -69,6 +69,21 @@ def test_the_same_signal_twice_at_once_is_one_request() -> None:
         assert stop.reason == "SIGTERM"
 
 
+def test_the_kernel_repeats_its_warning_of_a_processor_limit() -> None:
+    """It sends XCPU for every second beyond the soft limit, which is no second request."""
+    program = """
+import resource, time
+from pipeline.stop import Stop
+resource.setrlimit(resource.RLIMIT_CPU, (1, 10))
+stop = Stop(grace_s=30)
+with stop.signals():
+    while time.process_time() < 2.5:
+        pass
+assert stop.reason == "SIGXCPU" and not stop.overdue
+"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
 def test_a_wait_for_room_on_the_disk_ends_with_the_stop() -> None:
     stop = Stop()
     began = time.monotonic()

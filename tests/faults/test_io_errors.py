@@ -197,12 +197,12 @@ def patience(total_s: float) -> None:
     files_module.Patience.__init__.__defaults__ = (total_s, time.sleep)
 
 
-def without_room(job: Path, filler: Path) -> str | None:
-    run = run_to_end(job, prepare=[partial(patience, 0.01)])
+def without_room(job: Path, filler: Path, *prepare: Preparation) -> str | None:
+    run = run_to_end(job, prepare=[partial(patience, 0.01), *prepare])
     if run.process.exitcode not in (3, 73, 74):
         return f"badly ended: {run.process.exitcode}: {run.talk}"
     filler.unlink(missing_ok=True)
-    last = run_to_end(job)
+    last = run_to_end(job, prepare=prepare)
     return problem_with(job, last.process.exitcode, last.talk, filler.with_name("out.jsonl"))
 
 
@@ -211,10 +211,22 @@ def test_a_full_disk(
     tmp_path: Path, small_disk: Path, trials: Trials, outcome: Callable[[Path, Path], str | None]
 ) -> None:
     for number, chance in enumerate(trials.seeds(4, 100)):
-        for path in small_disk.iterdir():
-            path.unlink()
-        os.system(f"mount -o remount,size=256k '{small_disk}'")
-        job = make_job(tmp_path / str(number), delay="0ms", output=small_disk / "out.jsonl")
         # At least a page for the lock and one for the journal, without which no run begins.
-        filler = fill(small_disk, chance.randint(0, 12) * 4096)
-        assert outcome(job, filler) is None
+        assert outcome(*nearly_full(tmp_path / str(number), small_disk, chance.randint(0, 12))) is None
+
+
+def nearly_full(directory: Path, disk: Path, num_pages: int) -> tuple[Path, Path]:
+    """A job whose output is on the disk, with so many pages left, and the file that takes the rest."""
+    for path in disk.iterdir():
+        path.unlink()
+    os.system(f"mount -o remount,size=256k '{disk}'")
+    job = make_job(directory, delay="0ms", output=disk / "out.jsonl")
+    return job, fill(disk, num_pages * 4096)
+
+
+def test_a_buffer_does_not_bear_a_full_disk(tmp_path: Path, small_disk: Path, trials: Trials) -> None:
+    found = (
+        without_room(*nearly_full(tmp_path / str(number), small_disk, chance.randint(0, 6)), use_buffered_ledger)
+        for number, chance in enumerate(chances(60))
+    )
+    assert trials.is_caught(4, "buffered writer, full disk", found, "badly ended", "lost", "corrupt", "not resumed")
