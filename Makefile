@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 JOBS ?= auto
 FAULT_SCALE ?= 1
+FAULT_JOBS ?= $(shell expr 2 \* $$(getconf _NPROCESSORS_ONLN))# most trials wait, for a disk, a signal or a timeout
 # What a lock file must not hold: a build's suffix, and what only one platform's build of torch needs.
 PORTABLE := sed -E 's/\+cpu$$//' | grep -vE '^(nvidia-|triton|cuda-)'
 
@@ -24,7 +25,7 @@ check: $(VENV)/.installed-dev  ## what developers run before a commit
 	$(BIN)/python -m pytest -q -n $(JOBS)
 
 faults: $(VENV)/.installed-dev  ## the slow tests and the fault suite in full, up to two hours; FAULT_SCALE=0.25 for a quarter
-	FAULT_SCALE=$(FAULT_SCALE) $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m '(slow or faults) and not gpu'
+	FAULT_SCALE=$(FAULT_SCALE) $(BIN)/python -m pytest -q -n $(FAULT_JOBS) --dist worksteal -m '(slow or faults) and not gpu'
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

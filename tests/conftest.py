@@ -1,11 +1,12 @@
 """Settings that all tests share, and the table of the fault suite."""
 
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.faults.trials import table
+from tests.faults.trials import kept_with_earlier, table
 
 # Tests run beside each other, one process a core; more threads each would only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,7 +17,11 @@ settings.load_profile("default")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What the fault tests have tried, where they were asked for in full."""
+    """What the fault tests have tried, where they were asked for in full.
+
+    With FAULT_RESULTS the outcomes are kept in that file, and the table is that of all runs which kept theirs there: a
+    run of hours can be made in pieces.
+    """
     if "FAULT_SCALE" not in os.environ:
         return
     reports = [report for key in ("passed", "failed") for report in terminalreporter.stats.get(key, [])]
@@ -24,14 +29,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     # What a fixture tells at its end comes with the report of the teardown, and that one counts as "".
     for report in terminalreporter.stats.get("", []):
         reports.append(report)
-    told = {
-        report.nodeid: values
+    outcomes = {
+        report.nodeid: (report.nodeid in failed, values)
         for report in reports
         for name, values in report.user_properties
         if name == "trials" and values["promise"]
     }
+    if results := os.environ.get("FAULT_RESULTS"):
+        outcomes = kept_with_earlier(Path(results), outcomes)
     terminalreporter.section(f"faults, at {os.environ['FAULT_SCALE']} of the full counts")
-    for line in table((node, node in failed, values) for node, values in told.items()):
+    for line in table((node, *outcome) for node, outcome in outcomes.items()):
         terminalreporter.write_line(line)
     # What could not be tried here is not passed over in silence.
     for report in terminalreporter.stats.get("skipped", []):

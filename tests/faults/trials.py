@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 # Of the counts that docs/reliability.md promises for a full run.
 SCALE = float(os.environ.get("FAULT_SCALE", "0.02"))
@@ -114,3 +116,15 @@ def table(outcomes: Iterable[tuple[str, bool, Mapping[str, object]]]) -> list[st
     if short := sorted(row.name for row in rows.values() if row.is_short):
         lines.append(f"short of a quarter of the full count: {', '.join(short)}")
     return lines
+
+
+Outcome = tuple[bool, Mapping[str, object]]  # whether the test failed, and its Trials as a dict
+
+
+def kept_with_earlier(path: Path, outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
+    """Add the outcomes, by node id, to those in the file; all that are in it now, of each test the last."""
+    with path.open("a+") as file:
+        for node, outcome in outcomes.items():
+            file.write(json.dumps([node, *outcome]) + "\n")
+        file.seek(0)
+        return {node: (failed, values) for node, failed, values in map(json.loads, file)}
