@@ -1,7 +1,9 @@
 """Why a line is rejected, in words for whoever has to mend it: what was wanted, what is there, never what it says.
 
 Types of a rejection: line_too_long, invalid_utf8, invalid_json, not_an_object, missing_field, wrong_type, unknown_role,
-empty_messages, unsupported_content, unsupported_field, ambiguous_line, invalid_setting.
+empty_messages, unsupported_content, unsupported_field, ambiguous_line, invalid_setting;
+
+and template_error, where the job has a template in Jinja.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from pipeline.source.lines import RawLine, read_lines
 from pipeline.source.messages import read_messages
 from pipeline.spec.keys import JobSpec
 from pipeline.spec.settings import apply_overrides, default_settings
-from pipeline.spec.template import MissingFieldError, Template, check_template
+from pipeline.spec.template import MissingFieldError, TemplateFailedError, read_template
 
 GENERATION_FIELD = "generation"
 
@@ -33,12 +33,10 @@ class LineParser:
         self._input = spec.input
         self._settings = default_settings(spec)
         self._num_samples = spec.generation.num_samples
-        self._template: Template | None = None
-        text = spec.input.template_text()
-        if text is not None:
-            if problems := check_template(text):
-                raise SpecError([Problem(problem, field="input.template") for problem in problems])
-            self._template = Template(text)
+        try:
+            self._template = read_template(spec.input)
+        except ValueError as error:
+            raise SpecError([Problem(str(problem), field="input.template") for problem in error.args]) from None
 
     def parse(self, raw: RawLine) -> Prompt | Rejection:
         """The prompt of a line; of a bad line, the reason, with as much of the line as could be read."""
@@ -125,6 +123,8 @@ class LineParser:
                 return self._template.fill(fields)
             except MissingFieldError as error:
                 raise missing([error.name], fields, "the template names it") from None
+            except TemplateFailedError as error:
+                raise BadLineError("template_error", f"the template {error}") from None
         name = self._choose_field(fields)
         value: object = fields.get(name)
         if name == self._input.prompt_field and isinstance(value, str):

@@ -74,10 +74,11 @@ KEY_CLASSES: dict[str, KeyClass] = {
 def fingerprint_fields(spec: JobSpec) -> dict[str, Json]:
     """Every key that must stay as it is while a run is resumed, with its value; equal after a way through JSON.
 
-    A template counts by its text, wherever it is kept. NotFoundError if its file cannot be read.
+    A template counts by its text and language, wherever it is kept. NotFoundError if its file cannot be read.
     """
     fields: dict[str, Any] = {key: value_of(spec, key) for key, kind in KEY_CLASSES.items() if kind != "operational"}
-    fields["input.template"] = spec.input.template_text()
+    text = spec.input.template_text()
+    fields["input.template"] = {"jinja": text} if spec.input.template_is_jinja else text
     return {
         key: list(cast(tuple[Any, ...], value)) if isinstance(value, tuple) else value for key, value in fields.items()
     }

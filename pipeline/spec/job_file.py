@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pipeline.errors import NotFoundError, Problem, SpecError
 from pipeline.spec.keys import JobSpec, TemplateFile, job_keys, job_sections
 from pipeline.spec.rules import broken_rules
-from pipeline.spec.template import check_template
+from pipeline.spec.template import read_template
 from pipeline.spec.wording import is_required, must_be, must_be_section, unknown_key
 from pipeline.spec.yaml_text import (
     FLOAT_PATTERN,
@@ -100,9 +100,10 @@ def _read(path: Path) -> str:
 def _check_template_file(spec: JobSpec) -> None:
     template = spec.input.template
     if isinstance(template, TemplateFile):
-        problems = check_template(spec.input.template_text() or "")
-        if problems:
-            raise SpecError([Problem(message, template.file, field="input.template") for message in problems])
+        try:
+            read_template(spec.input)
+        except ValueError as error:
+            raise SpecError([Problem(str(it), template.file, field="input.template") for it in error.args]) from None
 
 
 def _override(document: Document, override: str) -> Iterator[Problem]:

@@ -162,7 +162,9 @@ class ThinkingSpec(Section):
 class TemplateFile(Section):
     """A prompt template kept in a file of its own."""
 
-    file: FilePath = Field(description="A UTF-8 file with the template.")
+    file: FilePath = Field(
+        description="A UTF-8 file with the template; in Jinja, where its name ends with .jinja, .jinja2 or .j2."
+    )
 
 
 class InputSpec(Section):
@@ -180,8 +182,8 @@ class InputSpec(Section):
     id_field: Text = Field(default="id", description="Field of a line that is copied to the answer's id.")
     template: Text | TemplateFile | None = Field(
         default=None,
-        description="Makes the prompt from the line's fields: a text such as 'Summarise: {text}', or {file: PATH}; "
-        "null takes prompt_field as it is.",
+        description="Makes the prompt from the line's fields: a text such as 'Summarise: {text}', or {file: PATH}, "
+        "in Jinja where PATH ends with .jinja; null takes prompt_field as it is.",
     )
     system: str | None = Field(default=None, description="System message put before each prompt; null adds none.")
     chat_template: Switch = Field(
@@ -198,6 +200,11 @@ class InputSpec(Section):
     allow_control_tokens: bool = Field(
         default=False, description="Let text that spells a control token (such as <|im_end|>) become one."
     )
+
+    @property
+    def template_is_jinja(self) -> bool:
+        """Whether the template is written in Jinja: its file's name says so."""
+        return isinstance(self.template, TemplateFile) and self.template.file.endswith((".jinja", ".jinja2", ".j2"))
 
     def template_text(self) -> str | None:
         """The template, read from its file where it has one; NotFoundError if that cannot be read as UTF-8."""

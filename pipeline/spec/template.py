@@ -9,7 +9,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.spec.jinja_template import JinjaTemplate
+    from pipeline.spec.keys import InputSpec
 
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _NAME = re.compile(r"[^\s\[\]!:]([^\[\]!:]*[^\s\[\]!:])?")
@@ -21,6 +25,10 @@ class MissingFieldError(Exception):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.name = name
+
+
+class TemplateFailedError(Exception):
+    """The template makes no prompt of this line; the text says why."""
 
 
 class Template:
@@ -67,6 +75,19 @@ def check_template(text: str) -> list[str]:
     except ValueError as error:
         return [str(problem) for problem in error.args]
     return []
+
+
+def read_template(spec: InputSpec) -> Template | JinjaTemplate | None:
+    """The job's template: one whose file's name ends with .jinja, .jinja2 or .j2 is written in Jinja.
+
+    Raises ValueError with each problem of its syntax, NotFoundError if its file cannot be read.
+    """
+    from pipeline.spec.jinja_template import JinjaTemplate
+
+    text = spec.template_text()
+    if text is None:
+        return None
+    return JinjaTemplate(text) if spec.template_is_jinja else Template(text)
 
 
 def _place(text: str, position: int) -> str:
