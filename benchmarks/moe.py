@@ -70,7 +70,7 @@ def main() -> None:
         }
     )
     plan = make_plan(spec, probe_machine(), read_facts(given.directory))
-    loaded = load_model(replace(plan, weights="stock") if given.stock else plan)
+    loaded = load_model(replace(plan, weights="stock", plain_kernel=False) if given.stock else plan)
     loading = {"load_s": loaded.load_s, "weight_bytes": loaded.weight_bytes, "peak_bytes": loaded.peak_host_bytes}
     print(json.dumps({"stock": given.stock, "dtype": plan.dtype} | loading), flush=True)
     from transformers import AutoTokenizer

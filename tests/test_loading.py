@@ -14,6 +14,7 @@ import pytest
 from pipeline import loading
 from pipeline.errors import MachineError, NotFoundError, SpecError
 from pipeline.facts.model_facts import read_facts
+from pipeline.kernels.plain import is_served
 from pipeline.loading import apply_environment, load_model
 from pipeline.machine import Machine
 from pipeline.plan.plan import Plan, make_plan
@@ -80,7 +81,7 @@ def test_an_unquantized_model_is_loaded_as_planned_and_in_silence(
 ) -> None:
     import torch
 
-    plan = plan_of(llama)
+    plan = replace(plan_of(llama), plain_kernel=False)
     loaded = load_model(plan)
     assert plan.dtype == "float32"
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
@@ -98,11 +99,25 @@ def test_an_unquantized_model_is_loaded_as_planned_and_in_silence(
     assert torch.allclose(logits(loaded), logits(bfloat16), atol=0.02)
 
 
+def test_without_bfloat16_instructions_linear_layers_keep_bfloat16_weights_and_the_scores(llama: Path) -> None:
+    import torch
+
+    plan = plan_of(llama)
+    assert plan.plain_kernel
+    plain, ours = load_model(replace(plan, plain_kernel=False)), load_model(plan)
+    assert torch.allclose(logits(ours), logits(plain), atol=1e-6)
+    layers = [module for module in plain.model.modules() if type(module) is torch.nn.Linear]
+    linear = sum(layer.weight.nbytes for layer in layers)
+    assert is_served()
+    embedding = plain.model.get_input_embeddings().weight.nbytes  # it shares its matrix with the head, and keeps it
+    assert ours.weight_bytes == plain.weight_bytes - linear / 2 + embedding
+
+
 def test_packed_and_unpacked_loading_give_the_same_model(packed: Path, capfd: pytest.CaptureFixture[str]) -> None:
     import torch
 
-    unpacked = load_model(plan_of(packed, weights="unpacked"))
-    stock = load_model(plan_of(packed, weights="stock"))
+    unpacked = load_model(plan_of(packed, weights="unpacked", plain_kernel=False))
+    stock = load_model(plan_of(packed, weights="stock", plain_kernel=False))
     assert capfd.readouterr() == ("", "")
     assert torch.allclose(logits(unpacked), logits(stock), atol=1e-3)
     assert logits(unpacked).std() > 0.05

@@ -21,9 +21,9 @@ torch.set_num_threads(1)
 @pytest.fixture(params=["native", "torch"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "torch":
-        monkeypatch.setattr(module, "_library", lambda: None)
+        monkeypatch.setattr(module, "native_library", lambda: None)
     else:
-        assert module._library() is not None, native(module._SOURCE).reason
+        assert module.native_library() is not None, native(module._SOURCE).reason
     return request.param
 
 
@@ -101,7 +101,7 @@ def test_tokens_get_their_experts_weighted(path: str, dtype: torch.dtype, num_to
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_tokens_answer_does_not_depend_on_those_beside_it(dtype: torch.dtype) -> None:
-    assert module._library() is not None
+    assert module.native_library() is not None
     generator = torch.Generator().manual_seed(3)
     into, out_of, *_ = mixture(generator)
     _, layer = quantized(generator, 64, 96, bits=8, group_size=32)

@@ -74,7 +74,7 @@ def choose_stock_engine(spec: JobSpec, plan: Plan, facts: ModelFacts) -> EngineC
         from pipeline.loading import load_model
 
         began = time.perf_counter()
-        loaded = load_model(replace(plan, weights="stock"))
+        loaded = load_model(replace(plan, weights="stock", plain_kernel=False))
         return StockEngine(loaded.model, tokenizer(), encoder().thinking), time.perf_counter() - began
 
     return EngineChoice(encoder=encoder, open=open_)

@@ -8,7 +8,11 @@
 // a slab are summed in float32 and scaled then, so that weights are never rounded. Every row is summed in the same
 // order whatever rows are beside it.
 //
-// Rows are float32, or bfloat16 where the processor multiplies that. Compiled by native.py, called by packed.py.
+// Plain weights lie in the same blocks, without scales: codes of 16 bits are bfloat16, of 32 bits float32. Their last
+// block may have fewer outputs than it has room for.
+//
+// Rows are float32, or bfloat16 where the processor multiplies that, but for plain weights. Compiled by native.py, called
+// by packed.py and plain.py.
 
 #include <omp.h>
 #include <stdint.h>
@@ -18,7 +22,8 @@
 #define BLOCK 32
 #define SLAB 128
 #define AHEAD 1024 // words; the next slab is asked for while this one is dequantized, which gains a third to a half
-#define CHUNK 256 // rows that pass by a slab; bounds what lies on the stack
+#define CHUNK 192 // rows that pass by a slab; bounds what lies on the stack
+#define LEAST_CHUNK 48 // for fewer rows a slab is not worth its making
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 #include <immintrin.h>
@@ -26,16 +31,21 @@
 #else
 #define HAS_BF16 0
 #endif
-#ifdef __AVX512F__
-#define ROWS 6 // rows whose sums fit the registers together
+// Vectors are as wide as the processor's registers: a compiler takes wider ones apart badly, a hundred times slower.
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define VECTOR_BYTES 32
 #else
-#define ROWS 2
+#define VECTOR_BYTES 16
 #endif
+#define LANES (VECTOR_BYTES / 4)
+#define ROWS 6 // rows of two vectors whose sums fit the registers together, of which there are at least 16
 
 #define INLINE static inline __attribute__((always_inline))
-typedef float f32x16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t u32x16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t i32x16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float Floats __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+typedef int32_t Integers __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
 
 // One layer, or a stack of equal ones: that of expert e begins e * outputs * inputs further.
 typedef struct {
@@ -48,6 +58,8 @@ typedef union {
     float f;
     uint32_t u;
 } Bits;
+
+INLINE int64_t num_blocks(const Packed *layer) { return (layer->outputs + BLOCK - 1) / BLOCK; }
 
 // Finite values only, which scales are.
 INLINE float from_half(uint16_t half) {
@@ -63,58 +75,103 @@ INLINE uint16_t to_bf16(float number) {
     return (value.u + 0x7fff + ((value.u >> 16) & 1)) >> 16;
 }
 
-INLINE f32x16 choose(i32x16 condition, float yes, f32x16 no) {
-    return (f32x16)((condition & (i32x16)((f32x16){} + yes)) | (~condition & (i32x16)no));
+INLINE Floats choose(Integers condition, float yes, Floats no) {
+    return (Floats)((condition & (Integers)((Floats){} + yes)) | (~condition & (Integers)no));
 }
 
 // 2 to the power of x * log2(e), the power held within 126; relative error below 1e-6.
-INLINE f32x16 exponential(f32x16 x) {
-    f32x16 power = x * 1.44269504088896341f;
+INLINE Floats exponential(Floats x) {
+    Floats power = x * 1.44269504088896341f;
     power = choose(power > 126.0f, 126.0f, power);
     power = choose(power < -126.0f, -126.0f, power);
-    const f32x16 shift = (f32x16){} + 12582912.0f; // adding it rounds to whole numbers
-    f32x16 whole = (power + shift) - shift;
-    f32x16 rest = power - whole;
-    f32x16 sum = 1.5353362e-4f + (f32x16){};
+    const Floats shift = (Floats){} + 12582912.0f; // adding it rounds to whole numbers
+    Floats whole = (power + shift) - shift;
+    Floats rest = power - whole;
+    Floats sum = 1.5353362e-4f + (Floats){};
     sum = sum * rest + 1.3398874e-3f;
     sum = sum * rest + 9.6184373e-3f;
     sum = sum * rest + 5.5503324e-2f;
     sum = sum * rest + 2.4022648e-1f;
     sum = sum * rest + 6.9314720e-1f;
     sum = sum * rest + 1.0f;
-    i32x16 exponent = (__builtin_convertvector(whole, i32x16) + 127) << 23;
-    return sum * (f32x16)exponent;
+    Integers exponent = (__builtin_convertvector(whole, Integers) + 127) << 23;
+    return sum * (Floats)exponent;
+}
+
+// `scale` NULL: as it is.
+INLINE void add_scaled(float *sums, Floats part, const float *scale) {
+    if (scale) part *= *(const Floats *)scale;
+    *(Floats *)sums += part;
 }
 
 // ---- float32 rows ----
 
+// A word of codes with this flipped holds numbers in two's complement.
+INLINE uint32_t middles(const int bits) {
+    return bits == 8 ? 0x80808080u : bits == 4 ? 0x88888888u : bits == 2 ? 0xaaaaaaaau : 0;
+}
+
+// The weights at one place of such words, not yet scaled.
+INLINE Floats weights_at(Words code, int place, const int bits) {
+    if (bits == 32) return (Floats)code;
+    if (bits == 16) return place ? (Floats)(code & 0xffff0000u) : (Floats)(code << 16);
+    return __builtin_convertvector((Integers)(code << (32 - bits * (place + 1))) >> (32 - bits), Floats);
+}
+
 INLINE void slab_f32(const uint32_t *codes, int words, const int bits, float *slab) {
     const int per_word = 32 / bits;
     for (int word = 0; word < words; word++)
-        for (int half = 0; half < BLOCK; half += 16) {
-            u32x16 code = *(const u32x16 *)(codes + word * BLOCK + half);
-            __builtin_prefetch(codes + word * BLOCK + half + AHEAD);
-            for (int place = 0; place < per_word; place++) {
-                i32x16 value = (i32x16)(code >> (bits * place) & ((1u << bits) - 1)) - (1 << (bits - 1));
-                *(f32x16 *)(slab + (word * per_word + place) * BLOCK + half) = __builtin_convertvector(value, f32x16);
-            }
+        for (int output = 0; output < BLOCK; output += LANES) {
+            Words code = *(const Words *)(codes + word * BLOCK + output) ^ middles(bits);
+            __builtin_prefetch(codes + word * BLOCK + output + AHEAD);
+            for (int place = 0; place < per_word; place++)
+                *(Floats *)(slab + (word * per_word + place) * BLOCK + output) = weights_at(code, place, bits);
         }
 }
 
 INLINE void tile_f32(const void *const *rows, const int num_rows, int64_t first, int step, const float *slab,
-                     const f32x16 *scale, float (*sums)[BLOCK]) {
-    f32x16 part[ROWS][2] = {};
-    for (int k = 0; k < step; k++) {
-        f32x16 low = *(const f32x16 *)(slab + k * BLOCK), high = *(const f32x16 *)(slab + k * BLOCK + 16);
-        for (int row = 0; row < num_rows; row++) {
-            float x = ((const float *)rows[row])[first + k];
-            part[row][0] += x * low;
-            part[row][1] += x * high;
+                     const float *scale, float (*sums)[BLOCK]) {
+    for (int output = 0; output < BLOCK; output += 2 * LANES) {
+        Floats part[ROWS][2] = {};
+        for (int k = 0; k < step; k++) {
+            Floats low = *(const Floats *)(slab + k * BLOCK + output);
+            Floats high = *(const Floats *)(slab + k * BLOCK + output + LANES);
+            for (int row = 0; row < num_rows; row++) {
+                float x = ((const float *)rows[row])[first + k];
+                part[row][0] += x * low;
+                part[row][1] += x * high;
+            }
         }
+        for (int row = 0; row < num_rows; row++)
+            for (int half = 0; half < 2; half++)
+                add_scaled(sums[row] + output + half * LANES, part[row][half], scale ? scale + output + half * LANES : NULL);
     }
-    for (int row = 0; row < num_rows; row++)
-        for (int half = 0; half < 2; half++)
-            *(f32x16 *)(sums[row] + 16 * half) += part[row][half] * scale[half];
+}
+
+// The same sums for at most ROWS rows, without a slab: converting hides behind so few products.
+INLINE void direct_f32(const void *const *rows, const int num_rows, int64_t first, int words, const int bits,
+                       const uint32_t *codes, const float *scale, float (*sums)[BLOCK]) {
+    const int per_word = 32 / bits, width = num_rows > 2 || BLOCK / LANES < 4 ? 2 : 4; // vectors side by side
+    for (int output = 0; output < BLOCK; output += width * LANES) {
+        Floats part[ROWS][4] = {};
+        for (int word = 0; word < words; word++) {
+#pragma GCC unroll 4
+            for (int vector = 0; vector < width; vector++) {
+                const uint32_t *from = codes + word * BLOCK + output + vector * LANES;
+                Words code = *(const Words *)from ^ middles(bits);
+                __builtin_prefetch(from + AHEAD);
+                for (int place = 0; place < per_word; place++) {
+                    Floats weights = weights_at(code, place, bits);
+                    for (int row = 0; row < num_rows; row++)
+                        part[row][vector] += ((const float *)rows[row])[first + word * per_word + place] * weights;
+                }
+            }
+        }
+        for (int row = 0; row < num_rows; row++)
+            for (int vector = 0; vector < width; vector++)
+                add_scaled(sums[row] + output + vector * LANES, part[row][vector],
+                           scale ? scale + output + vector * LANES : NULL);
+    }
 }
 
 // ---- bfloat16 rows: two inputs side by side in a word, the first and the middle one of a word of codes first ----
@@ -137,27 +194,27 @@ INLINE void slab_bf16(const uint32_t *codes, int words, const int bits, uint32_t
         entries[index] = to_bf16((float)((index & ((1 << bits) - 1)) - (1 << (bits - 1))));
     const __m512i table = _mm512_loadu_si512(entries);
     for (int word = 0; word < words; word++)
-        for (int half = 0; half < BLOCK; half += 16) {
-            u32x16 code = *(const u32x16 *)(codes + word * BLOCK + half);
+        for (int half = 0; half < BLOCK; half += LANES) {
+            Words code = *(const Words *)(codes + word * BLOCK + half);
             __builtin_prefetch(codes + word * BLOCK + half + AHEAD);
             uint32_t *to = slab + word * per_half * BLOCK + half;
             if (bits < 8) {
                 for (int place = 0; place < per_half; place++)
-                    *(u32x16 *)(to + place * BLOCK) =
-                        (u32x16)_mm512_permutexvar_epi16((__m512i)(code >> (bits * place)), table);
+                    *(Words *)(to + place * BLOCK) =
+                        (Words)_mm512_permutexvar_epi16((__m512i)(code >> (bits * place)), table);
             } else { // of 256 values no table: convert, which is exact, and take the upper halves
                 code ^= 0x80808080u;
-                f32x16 values[4];
+                Floats values[4];
                 for (int place = 0; place < 4; place++)
-                    values[place] = __builtin_convertvector((i32x16)(code << (24 - 8 * place)) >> 24, f32x16);
+                    values[place] = __builtin_convertvector((Integers)(code << (24 - 8 * place)) >> 24, Floats);
                 for (int place = 0; place < 2; place++)
-                    *(u32x16 *)(to + place * BLOCK) = (u32x16)values[place] >> 16 | (u32x16)values[place + 2];
+                    *(Words *)(to + place * BLOCK) = (Words)values[place] >> 16 | (Words)values[place + 2];
             }
         }
 }
 
 INLINE void tile_bf16(const void *const *rows, const int num_rows, int64_t first, int step, const uint32_t *slab,
-                      const f32x16 *scale, float (*sums)[BLOCK]) {
+                      const float *scale, float (*sums)[BLOCK]) {
     __m512 part[ROWS][2][2] = {}; // two sums each, so that one product need not wait for the last
     for (int pair = 0; pair < step / 2; pair += 2)
         for (int odd = 0; odd < 2; odd++) {
@@ -171,7 +228,7 @@ INLINE void tile_bf16(const void *const *rows, const int num_rows, int64_t first
         }
     for (int row = 0; row < num_rows; row++)
         for (int half = 0; half < 2; half++)
-            *(f32x16 *)(sums[row] + 16 * half) += (f32x16)(part[row][half][0] + part[row][half][1]) * scale[half];
+            add_scaled(sums[row] + LANES * half, (Floats)(part[row][half][0] + part[row][half][1]), scale + LANES * half);
 }
 #endif
 
@@ -193,21 +250,21 @@ INLINE void slab_of(const uint32_t *codes, int words, const int bits, const int 
 }
 
 INLINE void tile_of(const void *const *rows, const int num_rows, int64_t first, int step, const int bf16,
-                    const Slab *slab, const f32x16 *scale, float (*sums)[BLOCK]) {
+                    const void *slab, const float *scale, float (*sums)[BLOCK]) {
 #if HAS_BF16
     if (bf16) {
-        tile_bf16(rows, num_rows, first, step, slab->bf16, scale, sums);
+        tile_bf16(rows, num_rows, first, step, slab, scale, sums);
         return;
     }
 #endif
-    tile_f32(rows, num_rows, first, step, slab->f32, scale, sums);
+    tile_f32(rows, num_rows, first, step, slab, scale, sums);
 }
 
 // sums[r] = the products of rows[r] with one block of outputs; at most CHUNK rows.
 INLINE void multiply_(const Packed *layer, int64_t expert, int64_t block, const void *const *rows, int num_rows,
                       float (*sums)[BLOCK], const int bits, const int bf16) {
     const int64_t words = layer->inputs * bits / 32, groups = layer->inputs / layer->group;
-    const int64_t place = expert * (layer->outputs / BLOCK) + block;
+    const int64_t place = expert * num_blocks(layer) + block;
     const uint32_t *codes = layer->codes + place * words * BLOCK;
     const uint16_t *scales = layer->scales + place * groups * BLOCK;
     int step = SLAB;
@@ -215,17 +272,35 @@ INLINE void multiply_(const Packed *layer, int64_t expert, int64_t block, const 
     Slab slab;
     memset(sums, 0, num_rows * sizeof *sums);
     for (int64_t first = 0; first < layer->inputs; first += step) {
-        slab_of(codes + first * bits / 32 * BLOCK, step * bits / 32, bits, bf16, &slab);
-        float scale[BLOCK];
-        for (int output = 0; output < BLOCK; output++)
+        const uint32_t *slab_codes = codes + first * bits / 32 * BLOCK;
+        const int slab_words = step * bits / 32;
+        float scale_of_group[BLOCK], *scale = bits < 16 ? scale_of_group : NULL;
+        for (int output = 0; scale && output < BLOCK; output++)
             scale[output] = from_half(scales[first / layer->group * BLOCK + output]);
+        if (!bf16 && num_rows <= ROWS) {
+            switch (num_rows) { // numbers known when compiled, so that sums stay in registers
+#define DIRECT(rest) \
+    case rest: \
+        direct_f32(rows, rest, first, slab_words, bits, slab_codes, scale, sums); \
+        break
+                DIRECT(1);
+                DIRECT(2);
+                DIRECT(3);
+                DIRECT(4);
+                DIRECT(5);
+                DIRECT(6);
+            }
+            continue;
+        }
+        if (bits < 32) slab_of(slab_codes, slab_words, bits, bf16, &slab);
+        const void *from = bits < 32 ? (const void *)&slab : slab_codes; // there float32 lies as a slab does
         int row = 0;
         for (; row + ROWS <= num_rows; row += ROWS)
-            tile_of(rows + row, ROWS, first, step, bf16, &slab, (const f32x16 *)scale, sums + row);
-        switch (num_rows - row) { // numbers known when compiled, so that sums stay in registers
+            tile_of(rows + row, ROWS, first, step, bf16, from, scale, sums + row);
+        switch (num_rows - row) {
 #define REST(rest) \
     case rest: \
-        tile_of(rows + row, rest < ROWS ? rest : 1, first, step, bf16, &slab, (const f32x16 *)scale, sums + row); \
+        tile_of(rows + row, rest < ROWS ? rest : 1, first, step, bf16, from, scale, sums + row); \
         break
             REST(1);
             REST(2);
@@ -245,6 +320,8 @@ INLINE void multiply_(const Packed *layer, int64_t expert, int64_t block, const 
 VARIANT(2, 0)
 VARIANT(4, 0)
 VARIANT(8, 0)
+VARIANT(16, 0)
+VARIANT(32, 0)
 VARIANT(2, 1)
 VARIANT(4, 1)
 VARIANT(8, 1)
@@ -253,15 +330,19 @@ typedef void Multiply(const Packed *, int64_t, int64_t, const void *const *, int
 
 static Multiply *multiply_for(int64_t bits, int bf16) {
     if (bf16) return bits == 2 ? multiply_2_1 : bits == 4 ? multiply_4_1 : multiply_8_1;
-    return bits == 2 ? multiply_2_0 : bits == 4 ? multiply_4_0 : multiply_8_0;
+    return bits == 2 ? multiply_2_0
+           : bits == 4 ? multiply_4_0
+           : bits == 8 ? multiply_8_0
+           : bits == 16 ? multiply_16_0
+                        : multiply_32_0;
 }
 
-INLINE void store(const float *sums, void *out, int64_t at, int bf16) {
+INLINE void store(const float *sums, void *out, int64_t at, int64_t count, int bf16) {
     if (!bf16) {
-        memcpy((float *)out + at, sums, BLOCK * sizeof(float));
+        memcpy((float *)out + at, sums, count * sizeof(float));
         return;
     }
-    for (int output = 0; output < BLOCK; output++) ((uint16_t *)out)[at + output] = to_bf16(sums[output]);
+    for (int output = 0; output < count; output++) ((uint16_t *)out)[at + output] = to_bf16(sums[output]);
 }
 
 INLINE int64_t least(int64_t first, int64_t second) { return first < second ? first : second; }
@@ -271,8 +352,10 @@ int packed_has_bf16(void) { return HAS_BF16; }
 
 // out[m, N] = x[m, K] times the layer; 0, or 1 where memory ran out.
 int packed_linear(const Packed *layer, const void *x, int64_t num_rows, void *out, int bf16, int num_threads) {
-    const int64_t inputs = layer->inputs, num_blocks = layer->outputs / BLOCK;
-    const int64_t num_chunks = (num_rows + CHUNK - 1) / CHUNK;
+    const int64_t inputs = layer->inputs, blocks = num_blocks(layer);
+    int64_t chunk = CHUNK;
+    while (chunk > LEAST_CHUNK && blocks * ((num_rows + chunk - 1) / chunk) < 4 * num_threads) chunk /= 2;
+    const int64_t num_chunks = (num_rows + chunk - 1) / chunk;
     Multiply *multiply = multiply_for(layer->bits, bf16);
     uint32_t *pairs = bf16 ? malloc(num_rows * inputs * 2) : NULL;
     if (bf16 && !pairs) return 1;
@@ -283,9 +366,9 @@ int packed_linear(const Packed *layer, const void *x, int64_t num_rows, void *ou
             for (int64_t row = 0; row < num_rows; row++)
                 arrange((const uint16_t *)x + row * inputs, inputs, layer->bits, pairs + row * inputs / 2);
 #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < num_blocks * num_chunks; task++) {
-            const int64_t block = task / num_chunks, first = task % num_chunks * CHUNK;
-            const int count = least(CHUNK, num_rows - first);
+        for (int64_t task = 0; task < blocks * num_chunks; task++) {
+            const int64_t block = task / num_chunks, first = task % num_chunks * chunk;
+            const int count = least(chunk, num_rows - first);
             const void *rows[CHUNK];
             float sums[CHUNK][BLOCK];
             for (int row = 0; row < count; row++)
@@ -293,7 +376,8 @@ int packed_linear(const Packed *layer, const void *x, int64_t num_rows, void *ou
                                  : (const void *)((const float *)x + (first + row) * inputs);
             multiply(layer, 0, block, rows, count, sums);
             for (int row = 0; row < count; row++)
-                store(sums[row], out, (first + row) * layer->outputs + block * BLOCK, bf16);
+                store(sums[row], out, (first + row) * layer->outputs + block * BLOCK,
+                      least(BLOCK, layer->outputs - block * BLOCK), bf16);
         }
     }
     free(pairs);
@@ -352,13 +436,13 @@ int packed_experts(const Packed *gate_up, const Packed *down, const void *x, int
                 into(gate_up, expert, block, rows, count, sums[0]);
                 into(gate_up, expert, block + width_blocks, rows, count, sums[1]);
                 for (int row = 0; row < count; row++) {
-                    f32x16 *gate = (f32x16 *)sums[0][row], *up = (f32x16 *)sums[1][row];
-                    for (int half = 0; half < 2; half++)
+                    Floats *gate = (Floats *)sums[0][row], *up = (Floats *)sums[1][row];
+                    for (int half = 0; half < BLOCK / LANES; half++)
                         gate[half] = gate[half] / (1.0f + exponential(-gate[half])) * up[half];
                     char *to = inner + ((first + row) * width + block * BLOCK) * value;
                     if (bf16) {
                         uint16_t rounded[BLOCK];
-                        store(sums[0][row], rounded, 0, 1);
+                        store(sums[0][row], rounded, 0, BLOCK, 1);
                         arrange(rounded, BLOCK, down->bits, (uint32_t *)to);
                     } else {
                         memcpy(to, sums[0][row], sizeof sums[0][row]);
@@ -384,7 +468,7 @@ int packed_experts(const Packed *gate_up, const Packed *down, const void *x, int
                 }
             }
             for (int64_t token = 0; token < num_tokens; token++)
-                store(total[token], out, token * hidden + block * BLOCK, bf16);
+                store(total[token], out, token * hidden + block * BLOCK, BLOCK, bf16);
         }
     }
     free(starts), free(inner), free(pairs), free(totals);

@@ -70,13 +70,35 @@ def linear(x: Tensor, weight: PackedWeight) -> Tensor:
     """x [..., K] times the layer: [..., N] in the type of x, which is any floating one."""
     import torch
 
-    library = _library() if x.device.type == "cpu" else None
+    library = native_library() if x.device.type == "cpu" else None
     if library is None or not x.numel():
         return torch.nn.functional.linear(x, dequantize(weight, x.dtype))
     rows = _rows(library, x.reshape(-1, weight.num_inputs))
     out = torch.empty(len(rows), weight.num_outputs, dtype=rows.dtype)
+    multiply(weight.codes, weight.scales, weight.num_outputs, weight.num_inputs, weight.bits, rows, out)
+    return out.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def multiply(
+    codes: Tensor, scales: Tensor | None, num_outputs: int, num_inputs: int, bits: int, rows: Tensor, out: Tensor
+) -> None:
+    """out [M, N] = rows [M, K] times one layer in blocks, in native code. MemoryError where it has no room."""
+    import torch
+
+    library = native_library()
+    assert library is not None
+    group = num_inputs if scales is None else num_inputs // scales.shape[-2]
     failed = library.packed_linear(
-        _described(weight),
+        ctypes.byref(
+            _Packed(
+                codes.data_ptr(),
+                scales.data_ptr() if scales is not None else None,
+                num_outputs,
+                num_inputs,
+                bits,
+                group,
+            )
+        ),
         rows.data_ptr(),
         len(rows),
         out.data_ptr(),
@@ -84,7 +106,6 @@ def linear(x: Tensor, weight: PackedWeight) -> Tensor:
         torch.get_num_threads(),
     )
     _check(failed)
-    return out.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
@@ -95,7 +116,7 @@ def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: PackedWeight, d
     """
     import torch
 
-    library = _library() if x.device.type == "cpu" else None
+    library = native_library() if x.device.type == "cpu" else None
     if library is None or not x.numel():
         return _experts_in_torch(x, chosen, weights, gate_up, down)
     rows, top_k = _rows(library, x), chosen.shape[-1]
@@ -141,7 +162,7 @@ def place(staged: Tensor, offsets: Tensor, targets: Tensor, rows: Tensor, column
     the bytes of an element, 4 or 2. Size 0 stands for a matrix of words that must all be the number in `targets`.
     """
     arguments = (staged, offsets, targets, rows, columns, sizes)
-    library = _library()
+    library = native_library()
     if library is None:
         return _place_in_torch(*arguments)
     at = library.packed_place(len(offsets), *(tensor.data_ptr() for tensor in arguments))
@@ -181,7 +202,8 @@ class _Packed(ctypes.Structure):
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
+def native_library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they cannot be had."""
     library = native(_SOURCE).library
     if library is None:
         return None

@@ -59,7 +59,9 @@ def load_model(plan: Plan, *, show_progress: bool = False) -> LoadedModel:
     _check_type(plan, checkpoint)
     with quiet_libraries(show_progress=show_progress), _explained(checkpoint.directory):
         model, info = _LOADERS[plan.weights](plan, checkpoint, show_progress)
-    _check_complete(checkpoint.directory, info)
+        _check_complete(checkpoint.directory, info)
+        if plan.plain_kernel:
+            _use_plain_kernel(model)
     tensors = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
     on_gpu = plan.device.startswith("cuda")
     return LoadedModel(
@@ -70,6 +72,14 @@ def load_model(plan: Plan, *, show_progress: bool = False) -> LoadedModel:
         peak_host_bytes=_peak_host_bytes(),
         peak_gpu_bytes=torch.cuda.max_memory_allocated(plan.device) if on_gpu else 0,
     )
+
+
+def _use_plain_kernel(model: torch.nn.Module) -> None:
+    from pipeline.kernels.plain import is_served
+    from pipeline.loading.packed_modules import put_linears_in_blocks
+
+    if is_served():
+        put_linears_in_blocks(model)
 
 
 def _load_unpacked(plan: Plan, checkpoint: Checkpoint, _show_progress: bool) -> tuple[torch.nn.Module, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Modules whose weights stay packed: they take the place of transformers' own in a model that it built."""
+"""Modules over our kernels' layouts: they take the place of transformers' own in a model that it built."""
 # pyright: basic
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor, nn
 
 from pipeline.kernels.packed import PackedWeight, experts, linear
+from pipeline.kernels.plain import PlainWeight, in_plain_blocks, plain_linear
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -29,6 +30,33 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = linear(x, PackedWeight(self.codes, self.scales, self.bits))
         return out if self.bias is None else out + self.bias
+
+
+class PlainLinear(nn.Module):
+    """In place of an `nn.Linear` of float32 weights."""
+
+    blocks: Tensor
+
+    def __init__(self, weight: PlainWeight, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bits = weight.num_inputs, weight.num_outputs, weight.bits
+        self.register_buffer("blocks", weight.blocks)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = plain_linear(x, PlainWeight(self.blocks, self.out_features, self.bits))
+        return out if self.bias is None else out.add_(self.bias)
+
+
+def put_linears_in_blocks(model: nn.Module) -> None:
+    """Replace every `nn.Linear` of a float32 model on the CPU, one by one, so that little is held twice.
+
+    An embedding that shares its matrix with the head keeps it.
+    """
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear:
+            model.set_submodule(name, PlainLinear(in_plain_blocks(module.weight.detach()), module.bias))
+            del module
 
 
 class QuantizedExperts(nn.Module):

@@ -57,6 +57,7 @@ class Plan:
     budgets: tuple[Budget, ...]
     decisions: tuple[Decision, ...]
     speed_key: tuple[tuple[str, str], ...]  # what its speed depends on, the libraries' versions apart
+    plain_kernel: bool = False  # unquantized layers are multiplied by our kernel, where it can be compiled
 
     def explain(self) -> str:
         """The plan as a table for people: each decision with its reason, then memory by device and part."""
@@ -101,6 +102,7 @@ def make_plan(
     placement = fit.placement
     device = "cpu" if placement.device == "host" else f"cuda:{placer.gpu}"
     dtype, why_dtype = placer.dtype(strategy)
+    plain_kernel = device == "cpu" and dtype == "float32"
     num_threads, why_threads = _threads(machine)
     environment = list(_environment(num_threads, placement))
     decisions = [
@@ -108,6 +110,7 @@ def make_plan(
         Decision("load strategy", strategy, why_strategy),
         Decision("device", device, _why_device(placer, placement)),
         Decision("dtype", dtype, why_dtype),
+        _products(plain_kernel=plain_kernel),
         _weights(placer, fit),
         *_experts(placer, placement),
         Decision("threads", str(num_threads), why_threads),
@@ -133,6 +136,7 @@ def make_plan(
         cache_tokens=fit.cache_tokens,
         environment=tuple((made.name, made.value) for made in environment),
         budgets=fit.budgets,
+        plain_kernel=plain_kernel,
         decisions=tuple(decisions),
         speed_key=(
             *_hardware(machine),
@@ -255,6 +259,13 @@ def _weights(placer: Placer, fit: Fit) -> Decision:
         return Decision("weights", form, "read straight into place; a batch reads each expert that it hits once")
     size, limit = show_bytes(placer.unpacked_bytes(fit)), show_bytes(placer.unpacked_limit(fit))
     return Decision("weights", form, f"unpacked they would take {size}, more than half of the memory ({limit})")
+
+
+def _products(*, plain_kernel: bool) -> Decision:
+    if not plain_kernel:
+        return Decision("plain layers", "torch", "its products use this device's own instructions for the type")
+    reason = "float32 sums over weights that stay bfloat16 where they are, which halves what a step reads"
+    return Decision("plain layers", "native kernel", f"{reason}; torch where there is no compiler")
 
 
 def _experts(placer: Placer, placement: Placement) -> Iterator[Decision]:

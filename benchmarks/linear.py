@@ -1,0 +1,69 @@
+"""One linear layer after another: our kernels for packed and plain weights beside torch's float32 product.
+
+    python benchmarks/linear.py [--outputs 2048 --inputs 2048] [--rows 1 4 16 64 256]
+
+Each line gives medians in microseconds. As many layers take turns as exceed the caches, as those of a model do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from itertools import cycle
+from typing import Any
+
+import torch
+
+from pipeline.kernels.packed import PackedWeight, kernel_in_use, linear
+from pipeline.kernels.plain import in_plain_blocks, plain_linear
+
+_ALL_BYTES = 60_000_000  # of a layer's copies together
+_LEAST_S = 0.3
+
+
+def _packed(outputs: int, inputs: int, bits: int) -> PackedWeight:
+    codes = torch.randint(-(2**31), 2**31 - 1, (outputs // 32, inputs * bits // 32, 32))
+    return PackedWeight(codes.to(torch.int32), torch.rand(outputs // 32, inputs // 128, 32).half() * 0.01, bits)
+
+
+def _median_us(multiply: Callable[[torch.Tensor, Any], object], x: torch.Tensor, layers: Sequence[Any]) -> float:
+    took: list[float] = []
+    multiply(x, layers[0])
+    until = time.perf_counter() + _LEAST_S
+    for layer in cycle(layers):
+        began = time.perf_counter()
+        multiply(x, layer)
+        took.append(time.perf_counter() - began)
+        if began > until and len(took) >= 5:
+            return statistics.median(took) * 1e6
+    raise AssertionError
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--outputs", type=int, default=2048)
+    parser.add_argument("--inputs", type=int, default=2048)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64, 256])
+    given = parser.parse_args()
+    outputs, inputs = given.outputs, given.inputs
+    copies = range(max(1, _ALL_BYTES // (outputs * inputs * 4)))
+    plain = [torch.randn(outputs, inputs).bfloat16().float() for _ in copies]
+    ways: dict[str, tuple[Callable[[torch.Tensor, Any], object], Sequence[Any]]] = {
+        "torch float32": (torch.nn.functional.linear, plain),
+        "ours float32": (plain_linear, [in_plain_blocks(weight + 1e-4) for weight in plain]),
+        "ours bfloat16": (plain_linear, [in_plain_blocks(weight) for weight in plain]),
+        "ours 8 bits": (linear, [_packed(outputs, inputs, 8) for _ in copies for _ in range(4)]),
+        "ours 4 bits": (linear, [_packed(outputs, inputs, 4) for _ in copies for _ in range(8)]),
+    }
+    print(f"{outputs} x {inputs}, {torch.get_num_threads()} threads, {kernel_in_use()}")
+    print("rows", *ways, sep=" | ")
+    for rows in given.rows:
+        x = torch.randn(rows, inputs)
+        print(rows, *(f"{_median_us(multiply, x, layers):.0f}" for multiply, layers in ways.values()), sep=" | ")
+
+
+if __name__ == "__main__":
+    main()
