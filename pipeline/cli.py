@@ -155,6 +155,26 @@ def status(
             shown = text.count("\n") + 1
 
 
+@app.command(epilog="Example: overnight report jobs/quickstart.yaml -o report.html --png report.png")
+def report(
+    job: JobFile,
+    overrides: Overrides = None,
+    page: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="The page; OUTPUT.report.html if not given.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option("--png", metavar="FILE", help="The drawings as a picture, too.")] = None,
+    show_text: Annotated[
+        bool, typer.Option("--show-text", help="Show prompts and answers of slow and failed lines.")
+    ] = False,
+) -> None:
+    """Write a page that tells what happened in a run, finished or not: one HTML file that needs no network."""
+    from pipeline.spec.job_file import load_spec
+    from pipeline.tools.report.report import report_job
+
+    path = report_job(load_spec(job, overrides=overrides or ()), page=page, png=png, show_text=show_text)
+    sys.stdout.write(f"{path}\n")
+
+
 @app.command(epilog="Example: overnight verify jobs/quickstart.yaml --json")
 def verify(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check a run's files, its output and its input: nothing lost, doubled or altered; exit code 65 if not."""

@@ -150,6 +150,11 @@ def timestamp(unix_time: float) -> str:
     return f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03d}Z"
 
 
+def unix_time(text: str) -> float:
+    """The inverse of `timestamp`. Raises ValueError."""
+    return datetime.fromisoformat(text).timestamp()
+
+
 def summarize(tally: Tally, sessions: Sequence[Session], facts: Mapping[str, Any]) -> dict[str, Any]:
     """The summary record of FORMATS.
 

@@ -7,8 +7,8 @@ know the same. The kinds of record, and their fields beside `kind`:
     input       input, as in the header: the input grew at its end
     session     started_at (Unix time): a process took up the run; mark: what it noted to be compared after its death;
                 death: the cause of the death of the session before, null where nothing tells
-    loaded      load_s: it has loaded the model; generation time counts from here; conditions: what it works under and
-                what it expects, for `report` (null, or absent in journals of before)
+    loaded      load_s: it has loaded the model; generation time counts from here, `at` (Unix time); conditions: what it
+                works under and what it expects, for `report` (null); journals of before have neither of the two
     admit       numbers: about to be handed to the engine
     commit      start, end, sha256 of a group in the partial file; numbers of its lines in their order; failed: those
                 answered with an error; memory_bytes, held by the process (null or absent where nothing tells); tally;

@@ -179,7 +179,7 @@ class Ledger:
         `conditions` are kept for those who look at the run later: under what this session works.
         """
         self._generating_since = time.monotonic()
-        self._record({"kind": "loaded", "load_s": load_s, "conditions": conditions})
+        self._record({"kind": "loaded", "load_s": load_s, "at": time.time(), "conditions": conditions})
 
     def admit(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Note that these (index, sample) are about to be handed to the engine, so that a death has its suspects."""

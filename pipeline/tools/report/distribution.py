@@ -1,0 +1,97 @@
+"""One distribution as bars on a logarithmic scale, with what matters of it written above them."""
+# pyright: basic
+
+from __future__ import annotations
+
+from math import log
+from typing import TYPE_CHECKING
+
+from pipeline.forecast.forecast import show_duration
+from pipeline.summary import Histogram
+from pipeline.tools.report.drawing import name_panel
+from pipeline.tools.report.palette import Palette
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MOST_BARS = 32
+
+
+def draw_distribution(axes: Axes, palette: Palette, name: str, histogram: Histogram, unit: str) -> None:
+    """Bars of equal width on a logarithmic scale, with the median and the 99th percentile written above them."""
+    name_panel(axes, palette, name)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.grid(visible=False)
+    values = list(histogram.values())
+    positive = [(value, count) for value, count in values if value > 1e-6]
+    if not positive:
+        axes.set_xticks([])
+        said = "nothing measured" if not values else "all zero"
+        axes.text(0.5, 0.4, said, transform=axes.transAxes, ha="center", color=palette.muted)
+        return
+    low, high = positive[0][0], positive[-1][0]
+    if high / low < 1.5:  # values that hardly differ are not drawn as if they did
+        low, high = low / 1.5, high * 1.5
+    # No bar is narrower than what the values can tell apart: a token, or a few percent.
+    narrowest = max(1.05, 1.0 if unit else (low + 1) / low)
+    num_bars = max(3, min(_MOST_BARS, _log(high / low, narrowest)))
+    ratio = (high / low) ** (1 / num_bars)
+    edges = [low * ratio**number for number in range(num_bars + 1)]
+    counts = [0] * num_bars
+    for value, count in positive:
+        counts[min(num_bars - 1, max(0, _log(value / low, ratio)))] += count
+    axes.set_xscale("log")
+    axes.stairs(counts, edges, fill=True, color=palette.soft)
+    axes.stairs(counts, edges, color=palette.accent, linewidth=1.4)
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_ylim(0, max(counts) * 1.38)
+    _draw_quantiles(axes, palette, histogram, unit)
+    ticks = _log_ticks(edges[0], edges[-1])
+    axes.set_xticks(ticks, [_amount(tick, unit) for tick in ticks])
+    axes.set_xticks([], minor=True)
+
+
+def _draw_quantiles(axes: Axes, palette: Palette, histogram: Histogram, unit: str) -> None:
+    left, right = axes.get_xlim()
+    for fraction, label, dashes, height in ((0.5, "median", (0, ()), 0.86), (0.99, "99 %", (0, (2, 2)), 0.98)):
+        value = max(left, histogram.quantile(fraction))
+        axes.axvline(value, ymax=height, color=palette.ink, linewidth=1.1, linestyle=dashes)
+        on_the_right = value > (left * right) ** 0.5
+        axes.annotate(
+            f"{label} {_amount(value, unit)}",
+            (value, height),
+            xycoords=("data", "axes fraction"),
+            xytext=(-4 if on_the_right else 4, -2),
+            textcoords="offset points",
+            ha="right" if on_the_right else "left",
+            va="top",
+            color=palette.ink,
+        )
+
+
+def _amount(value: float, unit: str) -> str:
+    """Three digits, with the unit that suits: 0.0123 s is 12.3 ms."""
+    if unit == "s":
+        if value < 1e-3:
+            return f"{value * 1e6:.3g} µs"
+        return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s" if value < 120 else show_duration(value)
+    return f"{value:,.0f}"
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """At most five round numbers in a logarithmic range."""
+    for mantissas in ((1, 1.5, 2, 3, 4, 5, 7), (1, 2, 5), (1, 3), (1,)):
+        ticks = [
+            mantissa * 10.0**power
+            for power in range(-9, 13)
+            for mantissa in mantissas
+            if low <= mantissa * 10.0**power <= high
+        ]
+        if len(ticks) <= 5:
+            return ticks
+    return ticks[:: -(-len(ticks) // 5)]
+
+
+def _log(value: float, base: float) -> int:
+    return int(log(value) / log(base))

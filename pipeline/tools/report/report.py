@@ -1,0 +1,56 @@
+"""`overnight report`: reads the files of a run and writes the page, and the picture if one is wanted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.errors import OutputError, Problem, UsageError
+from pipeline.ledger.files import RunPaths
+from pipeline.spec.keys import JobSpec
+from pipeline.tools.report.charts import Charts
+from pipeline.tools.report.page import render_page
+from pipeline.tools.report.record import RunRecord
+from pipeline.tools.report.words import Words
+
+
+def report_job(spec: JobSpec, *, page: Path | None = None, png: Path | None = None, show_text: bool = False) -> Path:
+    """Write the report of the job's run, finished or not, and return where it is: `page`, or OUTPUT.report.html.
+
+    `png` asks for the drawings as a picture too. Prompts and answers are on the page only with `show_text`. Raises
+    NotFoundError where there is no run or no matplotlib, DataError where the run's files are damaged, UsageError for a
+    name that is one of theirs, OutputError where the report cannot be written.
+    """
+    output = Path(spec.output.path)
+    paths = RunPaths(output)
+    page = page or output.with_name(f"{output.name}.report.html")
+    for path in filter(None, (page, png)):
+        if path.absolute() in {each.absolute() for each in _files_of(paths)}:
+            raise UsageError(Problem("is a file of the run; give the report another name", str(path)))
+    record = RunRecord(output)
+    text = render_page(record, spec.name, show_text=show_text)
+    # What a file holds may be anything, also half of a surrogate pair in a name.
+    _write(page, lambda path: path.write_bytes(text.encode(errors="replace")))
+    if png is not None:
+        title = f"{spec.name}: {Words(record, show_text=False).state()}"
+        _write(png, lambda path: Charts(record).write_png(path, title))
+    return page
+
+
+def _files_of(paths: RunPaths) -> list[Path]:
+    return [paths.output, paths.summary, paths.journal, paths.partial, paths.lock, paths.log]
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Whole or not at all, in the place of an earlier report."""
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(new)
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(Problem(f"cannot be written: {error.strerror}", str(path))) from None
