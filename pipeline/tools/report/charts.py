@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.forecast.forecast import show_duration
-from pipeline.summary import Histogram
-from pipeline.tools.report.distribution import draw_distribution
+from pipeline.tools.report.distribution import Distribution
 from pipeline.tools.report.drawing import DPI, figures, name_panel, require_matplotlib, to_svg
 from pipeline.tools.report.palette import LIGHT, STAND_IN, Palette
 from pipeline.tools.report.record import RunRecord
@@ -41,11 +40,11 @@ class Charts:
 
     def latencies(self) -> list[str]:
         """SVG of the distribution of time to first token, time per token and end-to-end latency."""
-        return [self._distribution(*each) for each in self._latencies()]
+        return list(map(_to_svg, self._latencies()))
 
     def lengths(self) -> list[str]:
         """SVG of the distribution of tokens of prompts, of answers and of what was thought."""
-        return [self._distribution(*each) for each in self._lengths()]
+        return list(map(_to_svg, self._lengths()))
 
     def write_png(self, path: Path, title: str) -> None:
         """All drawings in one picture. Raises OSError."""
@@ -53,6 +52,7 @@ class Charts:
         num_rows = -(-len(panels) // 3)
         with figures(LIGHT) as figure_of:
             figure = figure_of(_WIDE, 520 + 200 * num_rows)
+            figure.get_layout_engine().set(w_pad=14 / DPI, h_pad=9 / DPI)
             top, *rows = figure.subfigures(1 + num_rows, 1, height_ratios=[520, *[200] * num_rows])
             top.suptitle(title, x=0.012, ha="left", fontsize=17, fontweight="bold", color=LIGHT.ink)
             self._draw_timeline(top, LIGHT, wide=True)
@@ -62,7 +62,7 @@ class Charts:
                     if not chosen:
                         axes.set_axis_off()
                     for each in chosen:
-                        draw_distribution(axes, LIGHT, *each)
+                        each.draw(axes, LIGHT)
             figure.savefig(path, format="png", dpi=2 * DPI, facecolor=LIGHT.background, metadata={"Software": None})
 
     # --- over time
@@ -102,7 +102,7 @@ class Charts:
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_locator(_ticks(3))
             axes.yaxis.set_major_formatter(_thousands)
-        _draw_time_axis(panels[-1], record.axis.length, 8 if wide else 4)
+        _draw_time_axis(panels[-1], record.axis.length, wide=wide)
 
     def _draw_mean(self, axes: Axes, palette: Palette) -> None:
         history = self._record.history
@@ -179,26 +179,33 @@ class Charts:
 
     # --- distributions
 
-    def _latencies(self) -> list[tuple[str, Histogram, str]]:
+    def _latencies(self) -> list[Distribution]:
         tally = self._record.history.tally
         return [
-            ("Time to first token", tally.ttft, "s"),
-            ("Time per token after the first", tally.tpot, "s"),
-            ("From taking a prompt to its answer", tally.e2el, "s"),
+            Distribution("Time to first token", tally.ttft, "s"),
+            Distribution("Time per token after the first", tally.tpot, "s"),
+            Distribution("From taking a prompt to its answer", tally.e2el, "s"),
         ]
 
-    def _lengths(self) -> list[tuple[str, Histogram, str]]:
+    def _lengths(self) -> list[Distribution]:
         record = self._record
-        panels = [("Tokens of a prompt", record.prompt_lengths, ""), ("Tokens of an answer", record.output_lengths, "")]
-        if record.reasoning_lengths.count:
-            panels.append(("Tokens of reasoning in it", record.reasoning_lengths, ""))
-        return panels
+        named = {
+            "Tokens of a prompt": record.prompts,
+            "Tokens of an answer": record.outputs,
+            "Tokens of reasoning in it": record.reasoning,
+        }
+        return [
+            Distribution(name, lengths.histogram, "tokens", lengths.longest)
+            for name, lengths in named.items()
+            if lengths.histogram.count or lengths is not record.reasoning
+        ]
 
-    def _distribution(self, name: str, histogram: Histogram, unit: str) -> str:
-        with figures(STAND_IN) as figure_of:
-            figure = figure_of(_NARROW, 190)
-            draw_distribution(figure.subplots(), STAND_IN, name, histogram, unit)
-            return to_svg(figure, re.sub(r"\W", "", name), name)
+
+def _to_svg(distribution: Distribution) -> str:
+    with figures(STAND_IN) as figure_of:
+        figure = figure_of(_NARROW, 190)
+        distribution.draw(figure.subplots(), STAND_IN)
+        return to_svg(figure, re.sub(r"\W", "", distribution.name), distribution.name)
 
 
 def _draw_steps(axes: Axes, palette: Palette, width: float, values: Sequence[float]) -> None:
@@ -208,11 +215,13 @@ def _draw_steps(axes: Axes, palette: Palette, width: float, values: Sequence[flo
     axes.set_xlim(0, edges[-1])
 
 
-def _draw_time_axis(axes: Axes, length: float, most: int) -> None:
+def _draw_time_axis(axes: Axes, length: float, *, wide: bool) -> None:
+    most = 8 if wide else 4
     step = next((step for step in _STEPS if length / step <= most), length / most or 1.0)
     ticks = [step * number for number in range(int(length / step) + 1)]
     axes.set_xticks(ticks, ["0" if not tick else f"{tick:g} s" if tick < 60 else show_duration(tick) for tick in ticks])
-    axes.set_xlabel("working time: loading (hatched) and generation, without the time between sessions")
+    explained = ": loading (hatched) and generation, without the time between sessions" if wide else ", loading hatched"
+    axes.set_xlabel(f"working time{explained}")
 
 
 def _merged(values: Sequence[float], number: int) -> Iterator[Sequence[float]]:

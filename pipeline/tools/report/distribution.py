@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from math import log
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from math import exp, log
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.forecast.forecast import show_duration
 from pipeline.summary import Histogram
@@ -17,57 +18,66 @@ if TYPE_CHECKING:
 _MOST_BARS = 32
 
 
-def draw_distribution(axes: Axes, palette: Palette, name: str, histogram: Histogram, unit: str) -> None:
-    """Bars of equal width on a logarithmic scale, with the median and the 99th percentile written above them."""
-    name_panel(axes, palette, name)
-    axes.set_yticks([])
-    axes.spines["left"].set_visible(False)
-    axes.grid(visible=False)
-    values = list(histogram.values())
-    positive = [(value, count) for value, count in values if value > 1e-6]
-    if not positive:
-        axes.set_xticks([])
-        said = "nothing measured" if not values else "all zero"
-        axes.text(0.5, 0.4, said, transform=axes.transAxes, ha="center", color=palette.muted)
-        return
-    low, high = positive[0][0], positive[-1][0]
-    if high / low < 1.5:  # values that hardly differ are not drawn as if they did
-        low, high = low / 1.5, high * 1.5
-    # No bar is narrower than what the values can tell apart: a token, or a few percent.
-    narrowest = max(1.05, 1.0 if unit else (low + 1) / low)
-    num_bars = max(3, min(_MOST_BARS, _log(high / low, narrowest)))
-    ratio = (high / low) ** (1 / num_bars)
-    edges = [low * ratio**number for number in range(num_bars + 1)]
-    counts = [0] * num_bars
-    for value, count in positive:
-        counts[min(num_bars - 1, max(0, _log(value / low, ratio)))] += count
-    axes.set_xscale("log")
-    axes.stairs(counts, edges, fill=True, color=palette.soft)
-    axes.stairs(counts, edges, color=palette.accent, linewidth=1.4)
-    axes.set_xlim(edges[0], edges[-1])
-    axes.set_ylim(0, max(counts) * 1.38)
-    _draw_quantiles(axes, palette, histogram, unit)
-    ticks = _log_ticks(edges[0], edges[-1])
-    axes.set_xticks(ticks, [_amount(tick, unit) for tick in ticks])
-    axes.set_xticks([], minor=True)
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """What a panel shows: seconds (`unit` s) or tokens."""
 
+    name: str
+    histogram: Histogram
+    unit: Literal["s", "tokens"]
+    greatest: float | None = None  # exactly, where it is known: quantiles of a histogram are within a percent
 
-def _draw_quantiles(axes: Axes, palette: Palette, histogram: Histogram, unit: str) -> None:
-    left, right = axes.get_xlim()
-    for fraction, label, dashes, height in ((0.5, "median", (0, ()), 0.86), (0.99, "99 %", (0, (2, 2)), 0.98)):
-        value = max(left, histogram.quantile(fraction))
-        axes.axvline(value, ymax=height, color=palette.ink, linewidth=1.1, linestyle=dashes)
-        on_the_right = value > (left * right) ** 0.5
-        axes.annotate(
-            f"{label} {_amount(value, unit)}",
-            (value, height),
-            xycoords=("data", "axes fraction"),
-            xytext=(-4 if on_the_right else 4, -2),
-            textcoords="offset points",
-            ha="right" if on_the_right else "left",
-            va="top",
-            color=palette.ink,
-        )
+    def draw(self, axes: Axes, palette: Palette) -> None:
+        """Bars of equal width on a logarithmic scale; median and 99th percentile are written above them."""
+        name_panel(axes, palette, self.name)
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        axes.grid(visible=False)
+        values = [(value, count) for value, count in self.histogram.values() if value > 1e-6]
+        if not values:
+            axes.set_xticks([])
+            said = "all zero" if self.histogram.count else "nothing measured"
+            axes.text(0.5, 0.4, said, transform=axes.transAxes, ha="center", color=palette.muted)
+            return
+        edges, counts = self._bars(values)
+        axes.set_xscale("log")
+        axes.stairs(counts, edges, fill=True, color=palette.soft)
+        axes.stairs(counts, edges, color=palette.accent, linewidth=1.4)
+        axes.set_xlim(edges[0], edges[-1])
+        axes.set_ylim(0, max(counts) * 1.38)
+        self._draw_quantiles(axes, palette, edges[0], edges[-1])
+        ticks = _log_ticks(edges[0], edges[-1])
+        axes.set_xticks(ticks, [_amount(tick, self.unit) for tick in ticks])
+        axes.set_xticks([], minor=True)
+
+    def _bars(self, values: list[tuple[float, int]]) -> tuple[list[float], list[int]]:
+        """Edges and counts. No bar is narrower than what the values can tell apart: a token, or a few percent."""
+        low, high = values[0][0], values[-1][0]
+        if high / low < 1.5:  # values that hardly differ are not drawn as if they did
+            low, high = low / 1.5, high * 1.5
+        narrowest = max(1.05, 1.0 if self.unit == "s" else (low + 1) / low)
+        num_bars = max(3, min(_MOST_BARS, int(log(high / low) / log(narrowest))))
+        width = log(high / low) / num_bars
+        counts = [0] * num_bars
+        for value, count in values:
+            counts[min(num_bars - 1, max(0, int(log(value / low) / width)))] += count
+        return [low * exp(width * number) for number in range(num_bars + 1)], counts
+
+    def _draw_quantiles(self, axes: Axes, palette: Palette, left: float, right: float) -> None:
+        for fraction, label, dashes, height in ((0.5, "median", (0, ()), 0.86), (0.99, "99 %", (0, (2, 2)), 0.98)):
+            value = min(self.histogram.quantile(fraction), self.greatest or right)
+            axes.axvline(max(left, value), ymax=height, color=palette.ink, linewidth=1.1, linestyle=dashes)
+            on_the_right = value > (left * right) ** 0.5
+            axes.annotate(
+                f"{label} {_amount(value, self.unit)}",
+                (max(left, value), height),
+                xycoords=("data", "axes fraction"),
+                xytext=(-4 if on_the_right else 4, -2),
+                textcoords="offset points",
+                ha="right" if on_the_right else "left",
+                va="top",
+                color=palette.ink,
+            )
 
 
 def _amount(value: float, unit: str) -> str:
@@ -91,7 +101,3 @@ def _log_ticks(low: float, high: float) -> list[float]:
         if len(ticks) <= 5:
             return ticks
     return ticks[:: -(-len(ticks) // 5)]
-
-
-def _log(value: float, base: float) -> int:
-    return int(log(value) / log(base))

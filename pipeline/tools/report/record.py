@@ -36,6 +36,18 @@ class ErrorKind:
 
 
 @dataclass(slots=True)
+class Lengths:
+    """Numbers of tokens, and the exact greatest of them."""
+
+    histogram: Histogram = field(default_factory=Histogram)
+    longest: int = 0
+
+    def add(self, num_tokens: int) -> None:
+        self.histogram.add(num_tokens)
+        self.longest = max(self.longest, num_tokens)
+
+
+@dataclass(slots=True)
 class SessionRecord:
     """What the journal says of one session beside its length."""
 
@@ -64,9 +76,9 @@ class RunRecord:
         self.in_flight_s = Spread(self.axis.length)
         self.failures = Spread(self.axis.length)
         self.memory = [0] * len(self.output_tokens.totals())  # the most of each bin, in bytes; 0: nothing noted
-        self.prompt_lengths = Histogram()
-        self.output_lengths = Histogram()
-        self.reasoning_lengths = Histogram()
+        self.prompts = Lengths()
+        self.outputs = Lengths()
+        self.reasoning = Lengths()  # of answers that have any
         self.finish_reasons: dict[str, int] = {}
         self.errors: dict[str, ErrorKind] = {}
         self._slowest: list[tuple[float, int, Answer]] = []  # a heap, the fastest of them first
@@ -172,10 +184,10 @@ class RunRecord:
 
     def _completed(self, answer: Answer, usage: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
         num_tokens = usage["completion_tokens"]
-        self.prompt_lengths.add(usage["prompt_tokens"])
-        self.output_lengths.add(num_tokens)
+        self.prompts.add(usage["prompt_tokens"])
+        self.outputs.add(num_tokens)
         if usage["reasoning_tokens"]:
-            self.reasoning_lengths.add(usage["reasoning_tokens"])
+            self.reasoning.add(usage["reasoning_tokens"])
         started_at, total_s = unix_time(timing["started_at"]), timing["total_s"]
         position = self.axis.position
         end = position(started_at + total_s)
