@@ -185,7 +185,7 @@ class Words:
         since = "" if number == 0 else f", from session {number + 1} on"
         is_over = self.record.history.is_complete
         so_far = "" if is_over else " The run is not over: what is actual is what it has taken so far."
-        return f"What was expected at the beginning{since}: {forecast['reason']}.{so_far}"
+        return f"The forecast was made at the beginning{since}. It rests on {forecast['reason']}.{so_far}"
 
     def _predictions(self) -> Iterator[dict[str, Any]]:
         found = self._foretold()
