@@ -31,12 +31,13 @@ from pipeline.spec.yaml_text import (
 MAX_PROBLEMS = 50  # shown at once; beyond it the file is something else than a job
 
 
-def load_spec(path: Path, *, overrides: Sequence[str] = ()) -> JobSpec:
+def load_spec(path: Path | str, *, overrides: Sequence[str] = ()) -> JobSpec:
     """The job in the file at `path`, with overrides such as `generation.seed=7` laid over it.
 
     Raises SpecError with all problems of the file and the overrides in the order of their lines, and NotFoundError
     if the file, or a template file that it names, cannot be read.
     """
+    path = Path(path)
     document = read_document(_read(path), str(path))
     document.problems.extend(problem for override in overrides for problem in _override(document, override))
     spec = build_spec(document, name=path.stem)
