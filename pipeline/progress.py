@@ -1,9 +1,10 @@
-"""How far a run is, for people: a bar on a terminal, a plain line now and then elsewhere, nothing when quiet."""
+"""How far a run is, for people: a bar on a terminal or in a notebook, else a plain line now and then; or nothing."""
 
 from __future__ import annotations
 
 import sys
 import time
+import warnings
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -27,14 +28,11 @@ class Progress:
         self._next_line_s = _FIRST_LINE_S
         self._quiet = quiet
         self._bar: tqdm[Any] | None = None
-        if not quiet and self._stream.isatty():
-            from tqdm import tqdm
-
-            bar: tqdm[Any] = tqdm(
+        if not quiet and (bar := _bar_class(self._stream)) is not None:
+            self._bar = bar(
                 total=num_answers, initial=self._answers_before, unit=" items", file=self._stream, dynamic_ncols=True
             )
-            bar.set_postfix_str("0 tok/s")
-            self._bar = bar
+            self._bar.set_postfix_str("0 tok/s")
 
     def show(self, tally: Tally) -> None:
         if self._quiet:
@@ -75,11 +73,9 @@ class Preparation:
         """`fraction` (0 to 1) of the whole is done, and `stage` is what is being done now."""
         if self._quiet:
             return
-        if self._stream.isatty():
-            if self._bar is None:
-                from tqdm import tqdm
-
-                self._bar = tqdm(total=100, file=self._stream, bar_format="{desc} {bar} {n:.0f} %", leave=False)
+        if self._bar is None and (bar := _bar_class(self._stream)) is not None:
+            self._bar = bar(total=100, file=self._stream, bar_format="{desc} {bar} {n:.0f} %", leave=False)
+        if self._bar is not None:
             self._bar.set_description_str(stage, refresh=False)
             self._bar.n = round(100 * fraction)
             self._bar.refresh()
@@ -91,6 +87,28 @@ class Preparation:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _bar_class(stream: TextIO) -> type[tqdm[Any]] | None:
+    """The bar for where `stream` goes; None where a bar would only fill a log."""
+    if _in_notebook():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # without ipywidgets the bar is text, which is as good
+            from tqdm.auto import tqdm
+
+        return tqdm
+    if stream.isatty():
+        from tqdm import tqdm
+
+        return tqdm
+    return None
+
+
+def _in_notebook() -> bool:
+    """Whether this is the kernel of a notebook, as tqdm itself asks; its standard error is no terminal."""
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return shell is not None and "IPKernelApp" in shell.config
 
 
 def _clock(seconds: float) -> str:
