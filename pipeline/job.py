@@ -18,12 +18,14 @@ from pipeline.ledger.files import Patience, RunPaths
 from pipeline.ledger.identity import Identity
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.recovery import find_finished
+from pipeline.ledger.upload import Upload
 from pipeline.ledger.witness import Witness
 from pipeline.output import choose_form, kept_fields
 from pipeline.output.native import render
 from pipeline.probe import count_oom_kills, memory_held, memory_left
 from pipeline.progress import Preparation, Progress
 from pipeline.records import Engine, Json, Prompt, Rejection
+from pipeline.remote import is_remote
 from pipeline.runner import Runner
 from pipeline.source.inputs import InputFile, expand_inputs
 from pipeline.source.line_parser import LineParser
@@ -70,82 +72,99 @@ def run_job(
     run for the lines that are answered with an error. Raises an OvernightError for whatever keeps the run from starting
     or going on; what was acknowledged stays, and the same call resumes. Signals and `stop` end the run in good order.
     """
-    from pipeline.loading import apply_environment
-
     say = _silence if quiet else say_to_stderr
     stop = stop or Stop()
     stop.limit(spec.run.time_limit)
     with stop.signals():
+        outcome = _run(spec, limit, stop, say, fresh=fresh, retry=retry, quiet=quiet)
+        if outcome.summary is not None and is_remote(spec.output.path):
+            with stop.interrupting("copying the output"):
+                if _upload(spec).finish():
+                    say(f"copied to {spec.output.path}")
+    return outcome
+
+
+def _upload(spec: JobSpec) -> Upload:
+    return Upload(spec.output.file, spec.output.path, choose_form(spec).companions)
+
+
+def _run(spec: JobSpec, limit: int | None, stop: Stop, say: Say, *, fresh: bool, retry: bool, quiet: bool) -> Outcome:
+    """As far as the output published on this machine."""
+    from pipeline.loading import apply_environment
+
+    with stop.interrupting("looking for the input"):
         files = tuple(expand_inputs(spec.input.path))
-        parser = LineParser(spec)
-        output = Path(spec.output.path)
-        form = choose_form(spec)
-        identity = job_identity(spec, files, limit)
-        resume = "if-unchanged" if retry and spec.run.resume == "never" else spec.run.resume
-        with stop.interrupting("reading the input"):
-            summary = None if fresh else find_finished(output, identity, resume=resume)
-        if summary is not None and not (retry and summary["failed"]):
-            say(f"{output} is finished already; {'there is nothing to retry' if retry else 'nothing was done'}")
-            return _finished(output, summary)
-        with stop.interrupting("preparing"):
-            facts, model = locate_model(spec, say, quiet=quiet)
-            plan, choice = prepare(spec, facts)
-            apply_environment(plan)
-            encoder = choice.encoder()
-        expectation = Expectation(spec, plan, library_versions(plan.engine))
-        watch = Watch(stop, stall_timeout_s=spec.run.stall_timeout, memory=memory_left, say=say)
-        witness = Witness(RunPaths(output).log, oom_kills=count_oom_kills, memory_held=memory_held)
-        with (
-            Ledger.open(
-                output,
-                replace(identity, model=model),
-                resume=resume,
-                fresh=fresh,
-                retry=retry,
-                patience=Patience(sleep=watch.sleep),
-                witness=witness,
-                companions=form.companions,
-            ) as ledger,
-            witness.listening() as log,
-        ):
-            before = replace(ledger.tally)  # the counts; they go on growing in place
-            if not ledger.is_complete:
-                num_done = before.completed + before.failed
-                forecast = expectation.forecast(ledger.num_answers, num_done, files, encoder.encode)
-                _say_beginning(ledger, plan, forecast, output, say)
-                runner = Runner(
-                    encode=encoder.encode,
-                    engine=None,
-                    ledger=ledger,
-                    render=partial(render, keep_fields=kept_fields(spec)),
-                    num_samples=spec.generation.num_samples,
-                    stop=stop,
-                    beat=watch.beat,
-                    observe=_silence,
-                    max_attempts=spec.run.max_attempts,
-                    save_unfinished_s=None if spec.generation.deterministic else spec.run.save_unfinished,
-                )
-                if runner.settle(_prompts(spec, parser, files, limit, ledger.next_unanswered_item)):
-                    engine = _load(choice, ledger, expectation.conditions(forecast), stop, say)
-                    progress = Progress(ledger.num_answers, ledger.tally, quiet=quiet)
-                    with closing(progress), closing(engine), watch.watching(log):
-                        runner = replace(runner, engine=engine, observe=progress.show)
-                        if ledger.has_suspects:
-                            say("a fault ended an earlier session: what was in flight is tried one by one")
-                            runner.run_alone(_prompts(spec, parser, files, limit, ledger.next_suspect_item))
-                        runner.run(_prompts(spec, parser, files, limit, ledger.next_unanswered_item))
-            if not ledger.is_complete:
-                ledger.close(stop.ended)
-                expectation.learn(before, ledger.tally, ledger.sessions[-1])
-                say(f"stopped ({stop.reason}); run the same command again to resume")
-                return Outcome(StoppedError.exit_code, output, None)
-            told = _summary_facts(spec, plan, ledger.input_sha256)
-
-            def conclude(tally: Tally, sessions: Sequence[Session], output_sha256: str) -> Mapping[str, Json]:
-                return summarize(tally, sessions, {**told, "output_sha256": output_sha256})
-
-            summary = ledger.publish(conclude, summary_line=spec.output.summary_line, form=form)
+    parser = LineParser(spec)
+    output = spec.output.file
+    form = choose_form(spec)
+    identity = job_identity(spec, files, limit)
+    resume = "if-unchanged" if retry and spec.run.resume == "never" else spec.run.resume
+    with stop.interrupting("reading the input"):
+        summary = None if fresh else find_finished(output, identity, resume=resume)
+    if summary is not None and not (retry and summary["failed"]):
+        say(f"{output} is finished already; {'there is nothing to retry' if retry else 'nothing was done'}")
+        return _finished(output, summary)
+    with stop.interrupting("preparing"):
+        if is_remote(spec.output.path):
+            _upload(spec).refuse_stranger()
+        facts, model = locate_model(spec, say, quiet=quiet)
+        plan, choice = prepare(spec, facts)
+        apply_environment(plan)
+        encoder = choice.encoder()
+    expectation = Expectation(spec, plan, library_versions(plan.engine))
+    watch = Watch(stop, stall_timeout_s=spec.run.stall_timeout, memory=memory_left, say=say)
+    witness = Witness(RunPaths(output).log, oom_kills=count_oom_kills, memory_held=memory_held)
+    with (
+        Ledger.open(
+            output,
+            replace(identity, model=model),
+            resume=resume,
+            fresh=fresh,
+            retry=retry,
+            patience=Patience(sleep=watch.sleep),
+            witness=witness,
+            companions=form.companions,
+        ) as ledger,
+        witness.listening() as log,
+    ):
+        before = replace(ledger.tally)  # the counts; they go on growing in place
+        if not ledger.is_complete:
+            num_done = before.completed + before.failed
+            forecast = expectation.forecast(ledger.num_answers, num_done, files, encoder.encode)
+            _say_beginning(ledger, plan, forecast, output, say)
+            runner = Runner(
+                encode=encoder.encode,
+                engine=None,
+                ledger=ledger,
+                render=partial(render, keep_fields=kept_fields(spec)),
+                num_samples=spec.generation.num_samples,
+                stop=stop,
+                beat=watch.beat,
+                observe=_silence,
+                max_attempts=spec.run.max_attempts,
+                save_unfinished_s=None if spec.generation.deterministic else spec.run.save_unfinished,
+            )
+            if runner.settle(_prompts(spec, parser, files, limit, ledger.next_unanswered_item)):
+                engine = _load(choice, ledger, expectation.conditions(forecast), stop, say)
+                progress = Progress(ledger.num_answers, ledger.tally, quiet=quiet)
+                with closing(progress), closing(engine), watch.watching(log):
+                    runner = replace(runner, engine=engine, observe=progress.show)
+                    if ledger.has_suspects:
+                        say("a fault ended an earlier session: what was in flight is tried one by one")
+                        runner.run_alone(_prompts(spec, parser, files, limit, ledger.next_suspect_item))
+                    runner.run(_prompts(spec, parser, files, limit, ledger.next_unanswered_item))
+        if not ledger.is_complete:
+            ledger.close(stop.ended)
             expectation.learn(before, ledger.tally, ledger.sessions[-1])
+            say(f"stopped ({stop.reason}); run the same command again to resume")
+            return Outcome(StoppedError.exit_code, output, None)
+        told = _summary_facts(spec, plan, ledger.input_sha256)
+
+        def conclude(tally: Tally, sessions: Sequence[Session], output_sha256: str) -> Mapping[str, Json]:
+            return summarize(tally, sessions, {**told, "output_sha256": output_sha256})
+
+        summary = ledger.publish(conclude, summary_line=spec.output.summary_line, form=form)
+        expectation.learn(before, ledger.tally, ledger.sessions[-1])
     _say_end(output, summary, say)
     return _finished(output, summary)
 

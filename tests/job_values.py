@@ -73,6 +73,7 @@ VALUES: dict[str, SearchStrategy[Any]] = {
     "batch.slots": st.just("auto") | COUNT,
     "batch.cache_tokens": st.just("auto") | COUNT,
     "output.path": PATH,
+    "output.local_directory": PATH,
     "output.format": st.sampled_from(["native", "openai-batch"]),
     "output.keep_fields": st.sampled_from(["all", "none"]) | st.lists(TEXT, max_size=3),
     "output.summary_line": st.booleans(),

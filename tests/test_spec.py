@@ -78,6 +78,7 @@ def test_defaults() -> None:
         "generation.deterministic": False,
         "batch.slots": "auto",
         "batch.cache_tokens": "auto",
+        "output.local_directory": "runs",
         "output.format": "native",
         "output.keep_fields": "all",
         "output.summary_line": True,

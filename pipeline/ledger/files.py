@@ -52,6 +52,11 @@ class RunPaths:
         return self._beside(".summary.json")
 
     @property
+    def upload(self) -> Path:
+        """What of the published files was copied elsewhere, where the job asks for that."""
+        return self._beside(".upload.json")
+
+    @property
     def log(self) -> Path:
         """Tracebacks of processes that crashed or hung, as the interpreter wrote them in its last moment."""
         return self._beside(".log")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError, Problem, SpecError
@@ -73,12 +72,12 @@ def input_to_record(digest: InputDigest) -> dict[str, Any]:
         "sha256": digest.sha256,
         "num_bytes": digest.num_bytes,
         "num_items": digest.num_items,
-        "files": [[str(file.path), file.size, file.mtime_ns] for file in digest.files],
+        "files": [[file.name, file.size, file.mtime_ns] for file in digest.files],
     }
 
 
 def input_from_record(record: Mapping[str, Any]) -> InputDigest:
-    files = tuple(InputFile(Path(path), size, mtime_ns) for path, size, mtime_ns in record["files"])
+    files = tuple(InputFile(name, size, mtime_ns) for name, size, mtime_ns in record["files"])
     return InputDigest(files, record["sha256"], record["num_bytes"], record["num_items"])
 
 
@@ -116,7 +115,7 @@ def check_input(header: Header, identity: Identity, *, may_grow: bool) -> InputD
         return None
     if now.prefix_sha256 == before.sha256:  # measured only if it may
         return now
-    names = ", ".join(str(file.path) for file in identity.files)
+    names = ", ".join(file.name for file in identity.files)
     change = f"had {before.num_items} items and {before.num_bytes} bytes, has {now.num_items} and {now.num_bytes}"
     raise DataError(
         Problem(f"the input has changed since the run began ({change} now): restore it, or {_ANEW}", file=names)

@@ -128,12 +128,17 @@ def place_journal(files: Files, patience: Patience, paths: RunPaths, line: bytes
 
 def write_summary(files: Files, patience: Patience, paths: RunPaths, summary: Mapping[str, Json]) -> None:
     """Raises WriteError."""
-    with _Unpublished(files, patience, paths.output) as file:
-        file.append(summary_bytes(summary))
+    replace_file(files, patience, paths.summary, summary_bytes(summary))
+
+
+def replace_file(files: Files, patience: Patience, target: Path, data: bytes) -> None:
+    """Make `target` hold `data`, whole or not at all. Raises WriteError."""
+    with _Unpublished(files, patience, target) as file:
+        file.append(data)
         file.sync()
-    with writing(paths.summary):
-        files.rename(paths.unpublished, paths.summary)
-        files.sync_directory(paths.output.parent)
+    with writing(target):
+        files.rename(unpublished(target), target)
+        files.sync_directory(target.parent)
 
 
 def summary_bytes(summary: Mapping[str, Json]) -> bytes:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 from pipeline.columnar import DirectoryRefused, is_columnar, rows_as_lines, tables_in
 from pipeline.compression import DamagedStreamError, decompressing
 from pipeline.errors import DataError, NotFoundError, Problem, SpecError
+from pipeline.remote import RemoteError, RemoteFile, fetch, find, is_remote
 
 CHUNK_BYTES = 1 << 20  # larger is no faster
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -22,9 +24,15 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 class InputFile:
     """One input file as it was when the job first looked at it; a read that finds it otherwise is refused."""
 
-    path: Path
+    name: str  # as the job names it
     size: int  # bytes on disk
-    mtime_ns: int
+    mtime_ns: int  # of a remote file a number that stands for its version
+    remote: RemoteFile | None = field(default=None, compare=False)
+
+    @property
+    def path(self) -> Path:
+        """Where it lies on this machine; the copy of a remote file is made when it is first read."""
+        return Path(self.name) if self.remote is None else self.remote.copy
 
 
 def expand_inputs(paths: Sequence[str]) -> list[InputFile]:
@@ -38,16 +46,27 @@ def expand_inputs(paths: Sequence[str]) -> list[InputFile]:
     missing: list[Problem] = []
     for pattern in paths:
         try:
-            files += [_stat_input(path) for path in _expand(pattern)]
+            files += _find(pattern) if is_remote(pattern) else [_stat_input(path) for path in _expand(pattern)]
         except NotFoundError as error:
             missing += error.problems
     if missing:
         raise NotFoundError(missing)
-    seen: set[Path] = set()
-    twice = [file.path for file in files if file.path in seen or seen.add(file.path)]
+    seen: set[str] = set()
+    twice = [file.name for file in files if file.name in seen or seen.add(file.name)]
     if twice:
-        raise SpecError([Problem(f"names {path} twice", field="input.path") for path in twice])
+        raise SpecError([Problem(f"names {name} twice", field="input.path") for name in twice])
     return files
+
+
+def _find(pattern: str) -> list[InputFile]:
+    try:
+        return [InputFile(file.url, file.size, _as_number(file.version), file) for file in find(pattern)]
+    except RemoteError as error:
+        raise _refuse(pattern, str(error)) from error
+
+
+def _as_number(version: str) -> int:
+    return int.from_bytes(hashlib.sha256(version.encode()).digest()[:7])
 
 
 def _expand(pattern: str) -> list[Path]:
@@ -68,7 +87,7 @@ def _files_of(path: Path) -> list[Path]:
         raise _refuse(path, f"is no data set that can be read: {error}") from None
 
 
-def _refuse(path: Path, message: str) -> NotFoundError:
+def _refuse(path: Path | str, message: str) -> NotFoundError:
     return NotFoundError(Problem(message, file=str(path), field="input.path"))
 
 
@@ -86,27 +105,29 @@ def _stat_input(path: Path) -> InputFile:
         raise refuse("no file matches this pattern" if glob.has_magic(str(path)) else "no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise refuse(f"cannot be read: {error.strerror if isinstance(error, OSError) else error}") from None
-    return InputFile(path, stat.st_size, stat.st_mtime_ns)
+    return InputFile(str(path), stat.st_size, stat.st_mtime_ns)
 
 
 @contextmanager
 def _reading(file: InputFile) -> Generator[IO[bytes]]:
     """The file as it lies on disk; what goes wrong while reading it becomes an error with its name."""
     try:
+        if file.remote is not None:
+            fetch(file.remote)
         with file.path.open("rb", buffering=0) as raw:
             _refuse_changed(file, raw)
             yield raw
     except DamagedStreamError as error:
-        raise DataError(Problem(str(error), file=str(file.path))) from None
+        raise DataError(Problem(str(error), file=file.name)) from None
     except OSError as error:
-        raise NotFoundError(Problem(f"cannot be read: {error.strerror}", file=str(file.path))) from None
+        raise NotFoundError(Problem(f"cannot be read: {error.strerror}", file=file.name)) from None
 
 
 def _refuse_changed(file: InputFile, raw: IO[bytes]) -> None:
     """Items are known by their position: an input edited while it is read would give answers to other lines."""
     stat = os.fstat(raw.fileno())
-    if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
-        raise DataError(Problem("was changed while it was in use; run again when it is complete", file=str(file.path)))
+    if stat.st_size != file.size or (file.remote is None and stat.st_mtime_ns != file.mtime_ns):
+        raise DataError(Problem("was changed while it was in use; run again when it is complete", file=file.name))
 
 
 def read_chunks(file: InputFile, chunk_bytes: int, progress: Callable[[int], None] | None = None) -> Iterator[bytes]:

@@ -129,7 +129,7 @@ def digest_inputs(
             num_bytes += len(chunk)
             if max_bytes is not None and num_bytes > max_bytes:
                 message = f"the input holds more than {max_bytes} bytes when decompressed, the limit of input.max_bytes"
-                raise DataError(Problem(message, file=str(file.path)))
+                raise DataError(Problem(message, file=file.name))
     sha256 = _join(digests)
     if num_bytes == prefix_bytes:
         prefix_sha256 = sha256
@@ -167,7 +167,7 @@ def read_lines(
     if wanted is None:
         return
     for file in files:
-        name = str(file.path)
+        name = file.name
         for block in _blocks(file, max_line_bytes, chunk_bytes):
             if wanted > index and index + (num_items := block.num_items()) <= wanted:
                 index += num_items

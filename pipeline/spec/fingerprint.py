@@ -58,6 +58,7 @@ KEY_CLASSES: dict[str, KeyClass] = {
     "batch.slots": "operational",
     "batch.cache_tokens": "operational",
     "output.path": "operational",
+    "output.local_directory": "operational",
     "output.format": "presentation",
     "output.keep_fields": "presentation",
     "output.summary_line": "presentation",

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from pydantic.fields import FieldInfo
 
 from pipeline.errors import NotFoundError, Problem
+from pipeline.remote import is_remote, local_path
 from pipeline.spec.units import (
     DURATION_PATTERN,
     MAX_DURATION_S,
@@ -172,7 +173,7 @@ class InputSpec(Section):
 
     path: Paths = Field(
         description="A file, a glob, a directory of a data set, or a list of these: JSONL (plain, .gz, .bz2, .xz or "
-        ".zst), .parquet or .arrow."
+        ".zst), .parquet or .arrow; s3://, gs://, hf:// or https:// too."
     )
     format: Literal["auto", "prompt", "messages", "openai-batch"] = Field(
         default="auto", description="What a line holds; auto decides line by line."
@@ -271,14 +272,22 @@ class OutputSpec(Section):
     """Where the answers go and what a line of them holds."""
 
     path: FilePath = Field(
-        description="The file to publish: JSONL, compressed if it ends with .gz, .bz2, .xz or .zst, or .parquet; the "
-        "files of the run stand beside it."
+        description="The file to publish: JSONL, compressed if it ends with .gz, .bz2, .xz or .zst, or .parquet. The "
+        "files of the run stand beside it; if it is elsewhere (s3://, gs://, hf://), in local_directory."
+    )
+    local_directory: FilePath = Field(
+        default="runs", description="Where the files of the run are kept if path is elsewhere, such as s3://..."
     )
     format: Literal["native", "openai-batch"] = Field(default="native", description="Shape of a line.")
     keep_fields: Literal["all", "none"] | Texts = Field(
         default="all", description="Which fields of the input line its answer repeats: all, none, or a list of names."
     )
     summary_line: bool = Field(default=True, description="End the file with the throughput summary.")
+
+    @property
+    def file(self) -> Path:
+        """Where this machine has the output: `path`, or a path made of it in `local_directory`."""
+        return Path(self.local_directory) / local_path(self.path) if is_remote(self.path) else Path(self.path)
 
 
 class RunSpec(Section):

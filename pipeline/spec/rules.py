@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import PurePath
 
-from pipeline import columnar, compression
+from pipeline import columnar, compression, remote
 from pipeline.spec.keys import EchoSpec, JobSpec, job_keys, value_of
 from pipeline.spec.template import check_template
 from pipeline.spec.units import format_duration
@@ -61,7 +61,8 @@ def broken_rules(spec: JobSpec) -> Iterator[Broken]:
 def _unreadable_kinds(spec: JobSpec) -> Iterator[Broken]:
     """Names that ask for a format or compression that cannot be had here."""
     for key, path in (*(("input.path", path) for path in spec.input.path), ("output.path", spec.output.path)):
-        if lacking := compression.missing_library(path) or columnar.missing_library(path):
+        lacking = compression.missing_library(path) or columnar.missing_library(path)
+        if lacking := lacking or remote.refusal(path, for_writing=key == "output.path"):
             yield Broken(key, f"{path}: {lacking}", (key,))
 
 
@@ -72,12 +73,14 @@ def _written(value: object) -> str:
 
 def _is_directory(spec: JobSpec) -> bool:
     # Path.is_dir raises for a name that is too long; that is for the opening of the output to say.
-    return spec.output.path.endswith("/") or os.path.isdir(spec.output.path)  # noqa: PTH112
+    return spec.output.path.endswith("/") or os.path.isdir(spec.output.file)  # noqa: PTH112
 
 
 def _output_is_input(spec: JobSpec) -> bool:
+    if remote.is_remote(spec.output.path):
+        return any(fnmatchcase(spec.output.path, pattern) for pattern in spec.input.path)
     output = os.path.realpath(spec.output.path)
-    return any(_matches(output, pattern) for pattern in spec.input.path)
+    return any(_matches(output, pattern) for pattern in spec.input.path if not remote.is_remote(pattern))
 
 
 def _matches(path: str, pattern: str) -> bool:

@@ -81,7 +81,7 @@ def diagnose_job(job: Path) -> Diagnosis:
     """This machine, the job's model, and the directory of its output if that is there yet."""
     spec = load_spec(job)
     diagnosis = diagnose_machine(model=None if spec.model.engine == "echo" else spec.model)
-    directory = Path(spec.output.path).parent
+    directory = spec.output.file.parent
     if not directory.is_dir():
         return diagnosis
     findings = [*diagnosis.findings, *check_directory(directory)]

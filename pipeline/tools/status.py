@@ -102,7 +102,7 @@ class Status:
 
 def job_status(spec: JobSpec) -> Status:
     """The state of the job's run. Raises OSError only where a file of the run cannot be read."""
-    output = Path(spec.output.path)
+    output = spec.output.file
     return Status(output, read_run(output), time.time())
 
 

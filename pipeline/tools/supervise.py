@@ -124,7 +124,7 @@ def supervise(
     comes while no process runs.
     """
     began = time.monotonic()
-    paths = RunPaths(Path(spec.output.path))
+    paths = RunPaths(spec.output.file)
     relay = _Relay()
     mark = first = _Mark.of(paths.journal)
     num_fruitless = 0

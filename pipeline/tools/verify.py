@@ -117,7 +117,7 @@ def verify_job(spec: JobSpec, tell: Callable[[Problem], None]) -> Verification:
     the lock and changes nothing. Raises NotFoundError where there is no run, DataError where the journal does not tell
     what the run is, SpecError where the job is another one than the run's.
     """
-    paths = RunPaths(Path(spec.output.path))
+    paths = RunPaths(spec.output.file)
     num_problems = 0
 
     def count(problem: Problem) -> None:

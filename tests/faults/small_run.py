@@ -38,7 +38,7 @@ def identity(
     num_items: int = NUM_ITEMS, num_samples: int = NUM_SAMPLES, *, before: int | None = None, **fields: object
 ) -> Identity:
     """Of a job over an input of `num_items` lines, whose first `before` lines are what the input once was."""
-    files = (InputFile(Path("in.jsonl"), 10 * num_items, num_items),)
+    files = (InputFile("in.jsonl", 10 * num_items, num_items),)
 
     def measure(prefix_bytes: int | None) -> InputDigest:
         prefix = f"{before} lines" if before is not None and prefix_bytes == 10 * before else None

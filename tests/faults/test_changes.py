@@ -124,6 +124,8 @@ OTHER_VALUES = {
     "generation.num_samples": 3,
     "batch.slots": 3,
     "batch.cache_tokens": 100_000,
+    "output.local_directory": "elsewhere",
+    "output.format": "openai-batch",
     "output.keep_fields": "none",
     "output.summary_line": False,
     "run.time_limit": "1h",
