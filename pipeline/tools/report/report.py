@@ -22,7 +22,7 @@ def report_job(spec: JobSpec, *, page: Path | None = None, png: Path | None = No
     NotFoundError where there is no run or no matplotlib, DataError where the run's files are damaged, UsageError for a
     name that is one of theirs, OutputError where the report cannot be written.
     """
-    output = Path(spec.output.path)
+    output = spec.output.file
     paths = RunPaths(output)
     page = page or output.with_name(f"{output.name}.report.html")
     for path in filter(None, (page, png)):
@@ -39,7 +39,7 @@ def report_job(spec: JobSpec, *, page: Path | None = None, png: Path | None = No
 
 
 def _files_of(paths: RunPaths) -> list[Path]:
-    return [paths.output, paths.summary, paths.journal, paths.partial, paths.lock, paths.log]
+    return [paths.output, paths.summary, paths.journal, paths.partial, paths.lock, paths.log, paths.upload]
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
