@@ -44,7 +44,19 @@ ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 2e-3}
 @settings(max_examples=25)
 @given(
     bits=st.sampled_from([2, 4, 8]),
-    shape=st.sampled_from([(1, 32, 32), (3, 96, 96), (7, 64, 256), (70, 160, 128), (300, 32, 512), (5, 32, 1536)]),
+    shape=st.sampled_from(
+        [
+            (1, 32, 32),
+            (3, 96, 96),
+            (7, 64, 256),
+            (70, 160, 128),
+            (300, 32, 512),
+            (5, 32, 1536),
+            (2, 96, 64),
+            (4, 32, 96),
+            (6, 64, 128),
+        ]
+    ),
     group_size=st.sampled_from([32, 64, 96, 128, 256]),
     seed=st.integers(0, 1000),
 )
@@ -62,6 +74,44 @@ def test_a_layer_multiplies_with_the_weights_that_are_stored(
     wanted = x.double() @ exact.double().T
     assert linear(x, weight).dtype == dtype
     assert error(linear(x, weight), wanted) < ROUNDING[dtype]
+
+
+@settings(max_examples=40)
+@given(
+    bits=st.sampled_from([2, 4, 8]),
+    rows=st.one_of(st.integers(1, 14), st.just(200)),
+    shape=st.sampled_from([(32, 32), (96, 96), (64, 256), (32, 384)]),
+    group_size=st.sampled_from([32, 96, 128, 256]),
+    seed=st.integers(0, 1000),
+)
+def test_int8_rounds_what_goes_in_and_nothing_else(
+    bits: int, rows: int, shape: tuple[int, int], group_size: int, seed: int
+) -> None:
+    outputs, inputs = shape
+    group_size = group_size if inputs % group_size == 0 else inputs
+    generator = torch.Generator().manual_seed(seed)
+    stored, weight = quantized(generator, outputs, inputs, bits=bits, group_size=group_size)
+    x = torch.randn(rows, inputs, generator=generator)
+    x[0, :32] = 0  # with nothing to take a scale from
+    exact, rounded = dequantize_stored(stored, torch.float64), module._rounded(x, weight)
+    assert (rounded - x).abs().max() <= x.abs().max() / 127 * 0.501
+    found = linear(x, weight, int8=True)
+    assert error(found, rounded.double() @ exact.T) < 1e-3  # a number between two may be rounded to either
+    assert error(found, x.double() @ exact.T) < 0.03
+    for some in (slice(0, 1), slice(rows // 2, rows)):
+        assert torch.equal(linear(x[some], weight, int8=True), found[some])
+
+
+def test_int8_experts_round_what_goes_into_either_projection(path: str) -> None:
+    generator = torch.Generator().manual_seed(8)
+    into, out_of, *_ = mixture(generator)
+    x, weights = torch.randn(40, 96, generator=generator), torch.rand(40, 2, generator=generator)
+    chosen = torch.rand(40, 6, generator=generator).topk(2).indices
+    found = experts(x, chosen, weights, into, out_of, int8=True)
+    wanted = module._experts_in_torch(x, chosen, weights, into, out_of, int8=True)
+    assert error(found, wanted.double()) < 1e-3
+    exact = experts(x, chosen, weights, into, out_of)
+    assert 1e-3 < error(found, exact.double()) < 0.03
 
 
 def test_without_a_compiler_torch_does_the_same(path: str) -> None:
@@ -120,9 +170,10 @@ def test_numbers_that_are_none_stay_with_their_token() -> None:
     x = torch.randn(4, 96, generator=generator).bfloat16()
     x[2, 5] = float("nan")
     chosen, weights = torch.tensor([[0, 1]] * 4), torch.ones(4, 2)
-    found = experts(x, chosen, weights, into, out_of)
-    assert found[2].isnan().all()
-    assert found[[0, 1, 3]].isfinite().all()
+    for int8 in (False, True):
+        found = experts(x, chosen, weights, into, out_of, int8=int8)
+        assert found[2].isnan().all()
+        assert found[[0, 1, 3]].isfinite().all()
 
 
 def test_matrices_are_placed_in_blocks_and_zero_points_are_checked(path: str) -> None:

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.make_checkpoint import make_checkpoint, models
-from pipeline.errors import NotFoundError
+from pipeline.errors import NotFoundError, SpecError
 from pipeline.facts.checkpoint import open_checkpoint
 from pipeline.facts.model_facts import read_facts
 from pipeline.loading import load_model
 from pipeline.loading.packed import load_packed
 from pipeline.loading.unpack import load_unpacked
 from pipeline.plan.plan import Plan, make_plan
-from tests.model_files import INT4
+from tests.model_files import INT4, LLAMA, write_model
 from tests.test_loading import HERE
 from tests.test_plan import job
 
@@ -94,6 +94,22 @@ def test_packed_and_unpacked_give_the_same_scores(name: str, tmp_path: Path) -> 
     assert ("QuantizedExperts" in kinds) == bool(facts.architecture.num_experts)
     needed = sum(part.num_bytes(4) for part in facts.loaded_parts)
     assert 0.7 * needed < loaded.weight_bytes < 1.05 * needed
+
+
+@pytest.mark.parametrize("streamed", [0, 4])
+def test_activations_of_8_bits_change_scores_a_little_and_are_only_for_packed_weights(
+    directory: Path, streamed: int, tmp_path: Path
+) -> None:
+    spec = job(path=str(directory), load_strategy="no-gpu", activation="int8")
+    made = make_plan(spec, HERE, read_facts(directory))
+    assert (made.weights, made.activation) == ("packed", "int8")
+    wanted = scores(load_model(plan_of(directory)).model)
+    found = scores(load_model(replace(made, dtype="float32", num_streamed_layers=streamed)).model)
+    # The median, since a near tie in a router of random weights sends a token to another expert.
+    assert 1e-4 < (found - wanted).abs().median() / wanted.std() < 0.1
+    plain = write_model(tmp_path / "plain", LLAMA)
+    with pytest.raises(SpecError, match="is not quantized; use exact"):
+        make_plan(job(path=str(plain), load_strategy="no-gpu", activation="int8"), HERE, read_facts(plain))
 
 
 def test_a_model_that_also_sees_is_loaded_without_its_eyes(tmp_path: Path) -> None:

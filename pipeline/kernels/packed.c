@@ -11,8 +11,8 @@
 // Plain weights lie in the same blocks, without scales: codes of 16 bits are bfloat16, of 32 bits float32. Their last
 // block may have fewer outputs than it has room for.
 //
-// Rows are float32, or bfloat16 where the processor multiplies that, but for plain weights. Compiled by native.py, called
-// by packed.py and plain.py.
+// Rows are float32, or bfloat16 where the processor multiplies that, or float32 that is rounded to whole numbers of 8 bits
+// for every slab and row; plain weights take float32 only. Compiled by native.py, called by packed.py and plain.py.
 
 #include <omp.h>
 #include <stdint.h>
@@ -25,12 +25,15 @@
 #define CHUNK 192 // rows that pass by a slab; bounds what lies on the stack
 #define LEAST_CHUNK 48 // for fewer rows a slab is not worth its making
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#ifdef __AVX2__
 #include <immintrin.h>
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define HAS_BF16 1
 #else
 #define HAS_BF16 0
 #endif
+enum { FLOAT32, BFLOAT16, INT8 }; // kinds of rows
 // Vectors are as wide as the processor's registers: a compiler takes wider ones apart badly, a hundred times slower.
 #if defined(__AVX512F__)
 #define VECTOR_BYTES 64
@@ -58,6 +61,8 @@ typedef union {
     float f;
     uint32_t u;
 } Bits;
+
+INLINE int64_t least(int64_t first, int64_t second) { return first < second ? first : second; }
 
 INLINE int64_t num_blocks(const Packed *layer) { return (layer->outputs + BLOCK - 1) / BLOCK; }
 
@@ -232,43 +237,150 @@ INLINE void tile_bf16(const void *const *rows, const int num_rows, int64_t first
 }
 #endif
 
-// ---- what both have in common ----
+// ---- rows of 8-bit whole numbers ----
+//
+// A row is `inputs` bytes, four to a word as they meet the codes, then for each slab a float32 scale, then for each slab
+// the sum of its numbers as int32: with it unsigned codes are products of signed weights.
+
+INLINE int step_of(const Packed *layer) {
+    int step = SLAB;
+    while (layer->group % step) step /= 2;
+    return step;
+}
+
+INLINE int64_t quantized_bytes(const Packed *layer) { return layer->inputs + layer->inputs / step_of(layer) * 8; }
+
+// Numbers that are none make the slab's scale none.
+static void quantize(const float *row, const Packed *layer, void *to) {
+    const int64_t inputs = layer->inputs;
+    const int step = step_of(layer), bits = layer->bits, per_word = 32 / bits, sets = 8 / bits;
+    int8_t *numbers = to;
+    float *scales = (float *)(numbers + inputs);
+    int32_t *sums = (int32_t *)(scales + inputs / step);
+    for (int64_t slab = 0; slab < inputs / step; slab++) {
+        const float *x = row + slab * step;
+        float most = 0, none = 0;
+        for (int k = 0; k < step; k++) {
+            float size = x[k] < 0 ? -x[k] : x[k];
+            most = size > most ? size : most;
+            none += x[k] * 0.0f;
+        }
+        const float factor = most > 0 && none == 0 ? 127.0f / most : 0;
+        int8_t rounded[SLAB];
+        int32_t sum = 0;
+        for (int k = 0; k < step; k++) {
+            float shifted = x[k] * factor + 12582912.0f; // rounds to whole numbers
+            rounded[k] = factor > 0 ? (int)(shifted - 12582912.0f) : 0;
+            sum += rounded[k];
+        }
+        for (int word = 0; word < step / per_word; word++)
+            for (int set = 0; set < sets; set++)
+                for (int place = 0; place < 4; place++)
+                    *numbers++ = rounded[word * per_word + set + sets * place];
+        scales[slab] = most / 127.0f + none;
+        sums[slab] = sum;
+    }
+}
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define SIGNED_BYTES 1 // codes of 8 bits are taken as weights: products of unsigned ones do not fit 16 bits in pairs
+#else
+#define SIGNED_BYTES 0
+#endif
+
+// Adds to each lane the products of its four bytes: codes, which are unsigned and below 2 ** bits, and signed numbers.
+INLINE Integers dot(Integers sum, Words codes, Words numbers, const int bits) {
+#if defined(__AVX512VNNI__)
+    (void)bits;
+    return (Integers)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, (__m512i)numbers);
+#elif SIGNED_BYTES
+    __m256i left = (__m256i)codes, right = (__m256i)numbers;
+    if (bits == 8) { // 128 * 127 * 2 is below 2 ** 15
+        __m256i weights = _mm256_xor_si256(left, _mm256_set1_epi8(-128));
+        left = _mm256_abs_epi8(weights), right = _mm256_sign_epi8(right, weights);
+    }
+    __m256i pairs = _mm256_maddubs_epi16(left, right);
+    return sum + (Integers)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#else
+    (void)bits;
+    for (int place = 0; place < 4; place++)
+        sum += (Integers)(codes >> (8 * place) & 255u) * ((Integers)(numbers << (24 - 8 * place)) >> 24);
+    return sum;
+#endif
+}
+
+INLINE void direct_int8(const void *const *rows, const int num_rows, const Packed *layer, int64_t first, int step,
+                        const int bits, const uint32_t *codes, const float *scale, float (*sums)[BLOCK]) {
+    const int words = step * bits / 32, sets = 8 / bits;
+    const int64_t num_slabs = layer->inputs / step, slab = first / step;
+    const int32_t half = bits == 8 && SIGNED_BYTES ? 0 : 1 << (bits - 1);
+    const uint32_t mask = bits == 8 ? 0xffffffffu : bits == 4 ? 0x0f0f0f0fu : 0x03030303u;
+    for (int output = 0; output < BLOCK; output += 2 * LANES) {
+        Integers part[ROWS][2] = {};
+        for (int word = 0; word < words; word++)
+#pragma GCC unroll 2
+            for (int vector = 0; vector < 2; vector++) {
+                const uint32_t *from = codes + word * BLOCK + output + vector * LANES;
+                Words code = *(const Words *)from;
+                __builtin_prefetch(from + AHEAD);
+                for (int set = 0; set < sets; set++) {
+                    Words some = code >> (bits * set) & mask;
+                    for (int row = 0; row < num_rows; row++) {
+                        Words numbers = (Words){} + ((const uint32_t *)rows[row])[first / 4 + word * sets + set];
+                        part[row][vector] = dot(part[row][vector], some, numbers, bits);
+                    }
+                }
+            }
+        for (int row = 0; row < num_rows; row++) {
+            const float *scales = (const float *)((const char *)rows[row] + layer->inputs);
+            const int32_t sum = ((const int32_t *)(scales + num_slabs))[slab];
+            for (int vector = 0; vector < 2; vector++) {
+                Floats products = __builtin_convertvector(part[row][vector] - half * sum, Floats);
+                add_scaled(sums[row] + output + vector * LANES, products * scales[slab],
+                           scale + output + vector * LANES);
+            }
+        }
+    }
+}
+
+// ---- what all have in common ----
 
 typedef union {
     float f32[SLAB * BLOCK];
     uint32_t bf16[SLAB / 2 * BLOCK];
 } __attribute__((aligned(64))) Slab;
 
-INLINE void slab_of(const uint32_t *codes, int words, const int bits, const int bf16, Slab *slab) {
+INLINE void slab_of(const uint32_t *codes, int words, const int bits, const int kind, Slab *slab) {
 #if HAS_BF16
-    if (bf16) {
+    if (kind == BFLOAT16) {
         slab_bf16(codes, words, bits, slab->bf16);
         return;
     }
 #endif
+    (void)kind;
     slab_f32(codes, words, bits, slab->f32);
 }
 
-INLINE void tile_of(const void *const *rows, const int num_rows, int64_t first, int step, const int bf16,
+INLINE void tile_of(const void *const *rows, const int num_rows, int64_t first, int step, const int kind,
                     const void *slab, const float *scale, float (*sums)[BLOCK]) {
 #if HAS_BF16
-    if (bf16) {
+    if (kind == BFLOAT16) {
         tile_bf16(rows, num_rows, first, step, slab, scale, sums);
         return;
     }
 #endif
+    (void)kind;
     tile_f32(rows, num_rows, first, step, slab, scale, sums);
 }
 
 // sums[r] = the products of rows[r] with one block of outputs; at most CHUNK rows.
 INLINE void multiply_(const Packed *layer, int64_t expert, int64_t block, const void *const *rows, int num_rows,
-                      float (*sums)[BLOCK], const int bits, const int bf16) {
+                      float (*sums)[BLOCK], const int bits, const int kind) {
     const int64_t words = layer->inputs * bits / 32, groups = layer->inputs / layer->group;
     const int64_t place = expert * num_blocks(layer) + block;
     const uint32_t *codes = layer->codes + place * words * BLOCK;
     const uint16_t *scales = layer->scales + place * groups * BLOCK;
-    int step = SLAB;
-    while (layer->group % step) step /= 2;
+    const int step = step_of(layer);
     Slab slab;
     memset(sums, 0, num_rows * sizeof *sums);
     for (int64_t first = 0; first < layer->inputs; first += step) {
@@ -277,30 +389,34 @@ INLINE void multiply_(const Packed *layer, int64_t expert, int64_t block, const 
         float scale_of_group[BLOCK], *scale = bits < 16 ? scale_of_group : NULL;
         for (int output = 0; scale && output < BLOCK; output++)
             scale[output] = from_half(scales[first / layer->group * BLOCK + output]);
-        if (!bf16 && num_rows <= ROWS) {
-            switch (num_rows) { // numbers known when compiled, so that sums stay in registers
-#define DIRECT(rest) \
-    case rest: \
-        direct_f32(rows, rest, first, slab_words, bits, slab_codes, scale, sums); \
+        if (kind == INT8 || (kind == FLOAT32 && num_rows <= ROWS)) {
+            for (int row = 0; row < num_rows; row += ROWS)
+                switch (least(ROWS, num_rows - row)) { // numbers known when compiled, so that sums stay in registers
+#define DIRECT(count) \
+    case count: \
+        if (kind == INT8) \
+            direct_int8(rows + row, count, layer, first, step, bits, slab_codes, scale, sums + row); \
+        else \
+            direct_f32(rows + row, count, first, slab_words, bits, slab_codes, scale, sums + row); \
         break
-                DIRECT(1);
-                DIRECT(2);
-                DIRECT(3);
-                DIRECT(4);
-                DIRECT(5);
-                DIRECT(6);
-            }
+                    DIRECT(1);
+                    DIRECT(2);
+                    DIRECT(3);
+                    DIRECT(4);
+                    DIRECT(5);
+                    DIRECT(6);
+                }
             continue;
         }
-        if (bits < 32) slab_of(slab_codes, slab_words, bits, bf16, &slab);
+        if (bits < 32) slab_of(slab_codes, slab_words, bits, kind, &slab);
         const void *from = bits < 32 ? (const void *)&slab : slab_codes; // there float32 lies as a slab does
         int row = 0;
         for (; row + ROWS <= num_rows; row += ROWS)
-            tile_of(rows + row, ROWS, first, step, bf16, from, scale, sums + row);
+            tile_of(rows + row, ROWS, first, step, kind, from, scale, sums + row);
         switch (num_rows - row) {
 #define REST(rest) \
     case rest: \
-        tile_of(rows + row, rest < ROWS ? rest : 1, first, step, bf16, from, scale, sums + row); \
+        tile_of(rows + row, rest < ROWS ? rest : 1, first, step, kind, from, scale, sums + row); \
         break
             REST(1);
             REST(2);
@@ -311,30 +427,33 @@ INLINE void multiply_(const Packed *layer, int64_t expert, int64_t block, const 
     }
 }
 
-#define VARIANT(bits, bf16) \
-    static __attribute__((noinline)) void multiply_##bits##_##bf16( \
+#define VARIANT(bits, kind) \
+    static __attribute__((noinline)) void multiply_##bits##_##kind( \
         const Packed *layer, int64_t expert, int64_t block, const void *const *rows, int num_rows, \
         float (*sums)[BLOCK]) { \
-        multiply_(layer, expert, block, rows, num_rows, sums, bits, bf16); \
+        multiply_(layer, expert, block, rows, num_rows, sums, bits, kind); \
     }
-VARIANT(2, 0)
-VARIANT(4, 0)
-VARIANT(8, 0)
-VARIANT(16, 0)
-VARIANT(32, 0)
-VARIANT(2, 1)
-VARIANT(4, 1)
-VARIANT(8, 1)
+VARIANT(2, FLOAT32)
+VARIANT(4, FLOAT32)
+VARIANT(8, FLOAT32)
+VARIANT(16, FLOAT32)
+VARIANT(32, FLOAT32)
+VARIANT(2, BFLOAT16)
+VARIANT(4, BFLOAT16)
+VARIANT(8, BFLOAT16)
+VARIANT(2, INT8)
+VARIANT(4, INT8)
+VARIANT(8, INT8)
 
 typedef void Multiply(const Packed *, int64_t, int64_t, const void *const *, int, float (*)[BLOCK]);
 
-static Multiply *multiply_for(int64_t bits, int bf16) {
-    if (bf16) return bits == 2 ? multiply_2_1 : bits == 4 ? multiply_4_1 : multiply_8_1;
-    return bits == 2 ? multiply_2_0
-           : bits == 4 ? multiply_4_0
-           : bits == 8 ? multiply_8_0
-           : bits == 16 ? multiply_16_0
-                        : multiply_32_0;
+static Multiply *multiply_for(int64_t bits, int kind) {
+    static Multiply *const variants[3][5] = {
+        {multiply_2_FLOAT32, multiply_4_FLOAT32, multiply_8_FLOAT32, multiply_16_FLOAT32, multiply_32_FLOAT32},
+        {multiply_2_BFLOAT16, multiply_4_BFLOAT16, multiply_8_BFLOAT16},
+        {multiply_2_INT8, multiply_4_INT8, multiply_8_INT8},
+    };
+    return variants[kind][bits == 2 ? 0 : bits == 4 ? 1 : bits == 8 ? 2 : bits == 16 ? 3 : 4];
 }
 
 INLINE void store(const float *sums, void *out, int64_t at, int64_t count, int bf16) {
@@ -345,42 +464,51 @@ INLINE void store(const float *sums, void *out, int64_t at, int64_t count, int b
     for (int output = 0; output < count; output++) ((uint16_t *)out)[at + output] = to_bf16(sums[output]);
 }
 
-INLINE int64_t least(int64_t first, int64_t second) { return first < second ? first : second; }
-
 // Whether rows may be bfloat16.
 int packed_has_bf16(void) { return HAS_BF16; }
 
-// out[m, N] = x[m, K] times the layer; 0, or 1 where memory ran out.
-int packed_linear(const Packed *layer, const void *x, int64_t num_rows, void *out, int bf16, int num_threads) {
-    const int64_t inputs = layer->inputs, blocks = num_blocks(layer);
+// How many bytes a row of a layer takes in the form in which it is multiplied.
+INLINE int64_t row_bytes(const Packed *layer, int kind) {
+    return kind == INT8 ? quantized_bytes(layer) : layer->inputs * (kind == BFLOAT16 ? 2 : 4);
+}
+
+// Puts a row into that form, but for float32, which is multiplied as it comes.
+INLINE void prepare(const void *row, const Packed *layer, int kind, void *to) {
+    if (kind == INT8) quantize(row, layer, to);
+    else arrange(row, layer->inputs, layer->bits, to);
+}
+
+// out[m, N] = x[m, K] times the layer; 0, or 1 where memory ran out. `kind` is that of the rows; x and out are bfloat16
+// if it is, else float32.
+int packed_linear(const Packed *layer, const void *x, int64_t num_rows, void *out, int kind, int num_threads) {
+    const int64_t blocks = num_blocks(layer), value = kind == BFLOAT16 ? 2 : 4, size = row_bytes(layer, kind);
     int64_t chunk = CHUNK;
     while (chunk > LEAST_CHUNK && blocks * ((num_rows + chunk - 1) / chunk) < 4 * num_threads) chunk /= 2;
     const int64_t num_chunks = (num_rows + chunk - 1) / chunk;
-    Multiply *multiply = multiply_for(layer->bits, bf16);
-    uint32_t *pairs = bf16 ? malloc(num_rows * inputs * 2) : NULL;
-    if (bf16 && !pairs) return 1;
+    Multiply *multiply = multiply_for(layer->bits, kind);
+    char *prepared = kind == FLOAT32 ? NULL : malloc(num_rows * size);
+    if (kind != FLOAT32 && !prepared) return 1;
+    const char *from = kind == FLOAT32 ? x : prepared;
 #pragma omp parallel num_threads(num_threads)
     {
-        if (bf16)
+        if (prepared)
 #pragma omp for
             for (int64_t row = 0; row < num_rows; row++)
-                arrange((const uint16_t *)x + row * inputs, inputs, layer->bits, pairs + row * inputs / 2);
+                prepare((const char *)x + row * layer->inputs * value, layer, kind, prepared + row * size);
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < blocks * num_chunks; task++) {
             const int64_t block = task / num_chunks, first = task % num_chunks * chunk;
             const int count = least(chunk, num_rows - first);
             const void *rows[CHUNK];
             float sums[CHUNK][BLOCK];
-            for (int row = 0; row < count; row++)
-                rows[row] = bf16 ? (const void *)(pairs + (first + row) * inputs / 2)
-                                 : (const void *)((const float *)x + (first + row) * inputs);
+            for (int row = 0; row < count; row++) rows[row] = from + (first + row) * size;
             multiply(layer, 0, block, rows, count, sums);
             for (int row = 0; row < count; row++)
                 store(sums[row], out, (first + row) * layer->outputs + block * BLOCK,
-                      least(BLOCK, layer->outputs - block * BLOCK), bf16);
+                      least(BLOCK, layer->outputs - block * BLOCK), kind == BFLOAT16);
         }
     }
-    free(pairs);
+    free(prepared);
     return 0;
 }
 
@@ -401,38 +529,39 @@ static void sort(const int64_t *chosen, int64_t num_tokens, int64_t top_k, int64
 // `gate_up` has the outputs of gate, then those of up. A chosen expert outside 0 .. num_experts counts for nothing.
 // 0, or 1 where memory ran out.
 int packed_experts(const Packed *gate_up, const Packed *down, const void *x, int64_t num_tokens, const int64_t *chosen,
-                   const float *weights, int64_t top_k, int64_t num_experts, void *out, int bf16, int num_threads) {
+                   const float *weights, int64_t top_k, int64_t num_experts, void *out, int kind, int num_threads) {
     const int64_t hidden = gate_up->inputs, width = down->inputs, num_pairs = num_tokens * top_k;
-    const int64_t value = bf16 ? 2 : 4, width_blocks = width / BLOCK;
+    const int64_t value = kind == BFLOAT16 ? 2 : 4, width_blocks = width / BLOCK;
+    const int64_t size = row_bytes(gate_up, kind), inner_size = row_bytes(down, kind);
     int64_t *starts = malloc((num_experts + 1 + num_pairs + num_experts) * sizeof *starts);
-    char *inner = malloc(num_pairs * width * value), *pairs = bf16 ? malloc(num_tokens * hidden * 2) : NULL;
+    char *inner = malloc(num_pairs * width * value), *prepared = kind == FLOAT32 ? NULL : malloc(num_tokens * size);
+    char *inner_prepared = kind == INT8 ? malloc(num_pairs * inner_size) : NULL;
     float *totals = malloc(num_threads * num_tokens * BLOCK * sizeof *totals);
-    if (!starts || !inner || !totals || (bf16 && !pairs)) {
-        free(starts), free(inner), free(pairs), free(totals);
+    if (!starts || !inner || !totals || (kind != FLOAT32 && !prepared) || (kind == INT8 && !inner_prepared)) {
+        free(starts), free(inner), free(prepared), free(inner_prepared), free(totals);
         return 1;
     }
     int64_t *sorted = starts + num_experts + 1, *hit = sorted + num_pairs, num_hit = 0;
     sort(chosen, num_tokens, top_k, num_experts, starts, sorted);
     for (int64_t expert = 0; expert < num_experts; expert++)
         if (starts[expert + 1] > starts[expert]) hit[num_hit++] = expert;
-    Multiply *into = multiply_for(gate_up->bits, bf16), *from = multiply_for(down->bits, bf16);
-    const char *tokens = bf16 ? pairs : x;
+    Multiply *into = multiply_for(gate_up->bits, kind), *from = multiply_for(down->bits, kind);
+    const char *tokens = kind == FLOAT32 ? x : prepared, *inner_rows = kind == INT8 ? inner_prepared : inner;
 #pragma omp parallel num_threads(num_threads)
     {
         const void *rows[CHUNK];
         float sums[2][CHUNK][BLOCK];
-        if (bf16)
+        if (prepared)
 #pragma omp for
             for (int64_t token = 0; token < num_tokens; token++)
-                arrange((const uint16_t *)x + token * hidden, hidden, gate_up->bits,
-                        (uint32_t *)(pairs + token * hidden * 2));
+                prepare((const char *)x + token * hidden * value, gate_up, kind, prepared + token * size);
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < num_hit * width_blocks; task++) {
             const int64_t expert = hit[task / width_blocks], block = task % width_blocks;
             for (int64_t first = starts[expert]; first < starts[expert + 1]; first += CHUNK) {
                 const int count = least(CHUNK, starts[expert + 1] - first);
                 for (int row = 0; row < count; row++)
-                    rows[row] = tokens + sorted[first + row] / top_k * hidden * value;
+                    rows[row] = tokens + sorted[first + row] / top_k * size;
                 into(gate_up, expert, block, rows, count, sums[0]);
                 into(gate_up, expert, block + width_blocks, rows, count, sums[1]);
                 for (int row = 0; row < count; row++) {
@@ -440,7 +569,7 @@ int packed_experts(const Packed *gate_up, const Packed *down, const void *x, int
                     for (int half = 0; half < BLOCK / LANES; half++)
                         gate[half] = gate[half] / (1.0f + exponential(-gate[half])) * up[half];
                     char *to = inner + ((first + row) * width + block * BLOCK) * value;
-                    if (bf16) {
+                    if (kind == BFLOAT16) {
                         uint16_t rounded[BLOCK];
                         store(sums[0][row], rounded, 0, BLOCK, 1);
                         arrange(rounded, BLOCK, down->bits, (uint32_t *)to);
@@ -450,6 +579,10 @@ int packed_experts(const Packed *gate_up, const Packed *down, const void *x, int
                 }
             }
         }
+        if (inner_prepared)
+#pragma omp for
+            for (int64_t pair = 0; pair < starts[num_experts]; pair++)
+                quantize((const float *)inner + pair * width, down, inner_prepared + pair * inner_size);
         float(*total)[BLOCK] = (float(*)[BLOCK])totals + omp_get_thread_num() * num_tokens;
 #pragma omp for schedule(dynamic)
         for (int64_t block = 0; block < hidden / BLOCK; block++) {
@@ -458,7 +591,7 @@ int packed_experts(const Packed *gate_up, const Packed *down, const void *x, int
                 const int64_t expert = hit[place];
                 for (int64_t first = starts[expert]; first < starts[expert + 1]; first += CHUNK) {
                     const int count = least(CHUNK, starts[expert + 1] - first);
-                    for (int row = 0; row < count; row++) rows[row] = inner + (first + row) * width * value;
+                    for (int row = 0; row < count; row++) rows[row] = inner_rows + (first + row) * inner_size;
                     from(down, expert, block, rows, count, sums[0]);
                     for (int row = 0; row < count; row++) {
                         const int64_t pair = sorted[first + row];
@@ -468,10 +601,10 @@ int packed_experts(const Packed *gate_up, const Packed *down, const void *x, int
                 }
             }
             for (int64_t token = 0; token < num_tokens; token++)
-                store(total[token], out, token * hidden + block * BLOCK, BLOCK, bf16);
+                store(total[token], out, token * hidden + block * BLOCK, BLOCK, kind == BFLOAT16);
         }
     }
-    free(starts), free(inner), free(pairs), free(totals);
+    free(starts), free(inner), free(prepared), free(inner_prepared), free(totals);
     return 0;
 }
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 BLOCK = 32  # outputs that lie together
 _WORD_BITS = 32
 _SOURCE = Path(__file__).with_name("packed.c")
+_SLAB = 128  # inputs that are rounded to 8 bits with one scale, or fewer where a group is not made of so many
+_FLOAT32, _BFLOAT16, _INT8 = range(3)  # kinds of rows
 _EXPERTS_AT_ONCE = 32  # that the torch path dequantizes together: bounds its memory
 
 
@@ -66,21 +68,33 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     return scaled.flatten(-3, -2).transpose(-2, -1).flatten(-3, -2).to(dtype)
 
 
-def linear(x: Tensor, weight: PackedWeight) -> Tensor:
-    """x [..., K] times the layer: [..., N] in the type of x, which is any floating one."""
+def linear(x: Tensor, weight: PackedWeight, *, int8: bool = False) -> Tensor:
+    """x [..., K] times the layer: [..., N] in the type of x, which is any floating one.
+
+    With `int8` x is rounded first, each 128 inputs of a row to whole numbers up to 127 times a scale.
+    """
     import torch
 
     library = native_library() if x.device.type == "cpu" else None
     if library is None or not x.numel():
-        return torch.nn.functional.linear(x, dequantize(weight, x.dtype))
-    rows = _rows(library, x.reshape(-1, weight.num_inputs))
+        return torch.nn.functional.linear(_rounded(x, weight) if int8 else x, dequantize(weight, x.dtype))
+    rows = _rows(library, x.reshape(-1, weight.num_inputs), int8=int8)
     out = torch.empty(len(rows), weight.num_outputs, dtype=rows.dtype)
-    multiply(weight.codes, weight.scales, weight.num_outputs, weight.num_inputs, weight.bits, rows, out)
+    layer = (weight.codes, weight.scales, weight.num_outputs, weight.num_inputs, weight.bits)
+    multiply(*layer, rows, out, int8=int8)
     return out.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def multiply(
-    codes: Tensor, scales: Tensor | None, num_outputs: int, num_inputs: int, bits: int, rows: Tensor, out: Tensor
+    codes: Tensor,
+    scales: Tensor | None,
+    num_outputs: int,
+    num_inputs: int,
+    bits: int,
+    rows: Tensor,
+    out: Tensor,
+    *,
+    int8: bool = False,
 ) -> None:
     """out [M, N] = rows [M, K] times one layer in blocks, in native code. MemoryError where it has no room."""
     import torch
@@ -102,24 +116,27 @@ def multiply(
         rows.data_ptr(),
         len(rows),
         out.data_ptr(),
-        rows.dtype == torch.bfloat16,
+        _kind(rows, int8=int8),
         torch.get_num_threads(),
     )
     _check(failed)
 
 
-def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
+def experts(
+    x: Tensor, chosen: Tensor, weights: Tensor, gate_up: PackedWeight, down: PackedWeight, *, int8: bool = False
+) -> Tensor:
     """The routed experts of a layer: for each token the sum of `weight * down(silu(gate(x)) * up(x))` over its choice.
 
     x [T, H] in any floating type; `chosen` int64 and `weights` [T, top_k]; `gate_up` [E, gate and then up, H]; gives
-    [T, H] in the type of x. An expert number outside 0 .. E - 1 counts for nothing.
+    [T, H] in the type of x. An expert number outside 0 .. E - 1 counts for nothing. `int8` as for `linear`, for what
+    goes into either projection.
     """
     import torch
 
     library = native_library() if x.device.type == "cpu" else None
     if library is None or not x.numel():
-        return _experts_in_torch(x, chosen, weights, gate_up, down)
-    rows, top_k = _rows(library, x), chosen.shape[-1]
+        return _experts_in_torch(x, chosen, weights, gate_up, down, int8=int8)
+    rows, top_k = _rows(library, x, int8=int8), chosen.shape[-1]
     chosen, weights = chosen.to(torch.int64).contiguous(), weights.to(torch.float32).contiguous()
     out = torch.empty_like(rows)
     failed = library.packed_experts(
@@ -132,17 +149,20 @@ def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: PackedWeight, d
         top_k,
         len(gate_up.codes),
         out.data_ptr(),
-        rows.dtype == torch.bfloat16,
+        _kind(rows, int8=int8),
         torch.get_num_threads(),
     )
     _check(failed)
     return out.to(x.dtype)
 
 
-def _experts_in_torch(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
+def _experts_in_torch(
+    x: Tensor, chosen: Tensor, weights: Tensor, gate_up: PackedWeight, down: PackedWeight, *, int8: bool
+) -> Tensor:
     import torch
     from torch.nn.functional import linear, silu
 
+    x = _rounded(x, gate_up) if int8 else x
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     hit = torch.unique(chosen[(chosen >= 0) & (chosen < len(gate_up.codes))])
     for together in hit.split(_EXPERTS_AT_ONCE):
@@ -150,9 +170,23 @@ def _experts_in_torch(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Packe
         for place, expert in enumerate(together.tolist()):
             tokens, choice = torch.where(chosen == expert)
             gate, up = linear(x[tokens], into[place]).chunk(2, dim=-1)
-            answer = linear(silu(gate) * up, out_of[place])
+            inner = silu(gate) * up
+            answer = linear(_rounded(inner, down) if int8 else inner, out_of[place])
             total.index_add_(0, tokens, answer.float() * weights[tokens, choice].float().unsqueeze(-1))
     return total.to(x.dtype)
+
+
+def _rounded(x: Tensor, weight: PackedWeight) -> Tensor:
+    """x [..., K] as the native code rounds it for 8-bit products with a layer."""
+    import torch
+
+    step = _SLAB
+    while weight.group_size % step:
+        step //= 2
+    slabs = x.float().unflatten(-1, (-1, step))
+    most = slabs.abs().amax(-1, keepdim=True)
+    numbers = (slabs * (127 / most)).round()
+    return torch.where(most == 0, 0, numbers * (most / 127)).flatten(-2).to(x.dtype)
 
 
 def place(staged: Tensor, offsets: Tensor, targets: Tensor, rows: Tensor, columns: Tensor, sizes: Tensor) -> int | None:
@@ -231,11 +265,17 @@ def _described(weight: PackedWeight) -> Any:
     )
 
 
-def _rows(library: ctypes.CDLL, x: Tensor) -> Tensor:
-    """In the type that the kernel computes on."""
+def _kind(rows: Tensor, *, int8: bool) -> int:
     import torch
 
-    has_bf16 = x.dtype == torch.bfloat16 and library.packed_has_bf16()
+    return _INT8 if int8 else _BFLOAT16 if rows.dtype == torch.bfloat16 else _FLOAT32
+
+
+def _rows(library: ctypes.CDLL, x: Tensor, *, int8: bool) -> Tensor:
+    """In the type that the kernel takes."""
+    import torch
+
+    has_bf16 = x.dtype == torch.bfloat16 and not int8 and library.packed_has_bf16()
     return x.to(torch.bfloat16 if has_bf16 else torch.float32).contiguous()
 
 

@@ -86,7 +86,7 @@ class _Loading:
         import torch
 
         architecture = read_architecture(checkpoint.config, file=str(checkpoint.directory / CONFIG))
-        self._plan, self._model = plan, model
+        self._plan, self._model, self._int8 = plan, model, plan.activation == "int8"
         self._device = torch.device(plan.device)
         self._num_expert_layers = len(architecture.sparse_layers)
         self._stream = ExpertStream()
@@ -122,7 +122,7 @@ class _Loading:
         weight = self._shape(name, ()).new()
         self.wanted += self._matrices(name, weight)
         if self._device.type == "cpu":
-            self._model.set_submodule(name, QuantizedLinear(weight, module.bias))
+            self._model.set_submodule(name, QuantizedLinear(weight, module.bias, int8=self._int8))
         else:
             self._unpack[name] = weight
             module.weight = None
@@ -134,14 +134,14 @@ class _Loading:
         down = self._shape(f"{name}.0.down_proj", (module.num_experts,))
         if self._is_streamed(place):
             layer = Layer((gate_up, down), lambda weights: list(self._expert_matrices(name, weights)))
-            self._model.set_submodule(name, StreamedExperts(self._stream, self._stream.add(layer)))
+            self._model.set_submodule(name, StreamedExperts(self._stream, self._stream.add(layer), int8=self._int8))
             return
         if self._device.type != "cpu" and place < self._plan.num_expert_layers_on_gpu:
             self._for_gpu[name] = gate_up, down
             return
         weights = gate_up.new(), down.new()
         self.wanted += self._expert_matrices(name, weights)
-        self._model.set_submodule(name, QuantizedExperts(*weights))
+        self._model.set_submodule(name, QuantizedExperts(*weights, int8=self._int8))
 
     def _is_streamed(self, place: int) -> bool:
         """Streamed layers are spread evenly over those that are not on a GPU: reading has the time of the others."""

@@ -20,15 +20,16 @@ class QuantizedLinear(nn.Module):
     codes: Tensor
     scales: Tensor
 
-    def __init__(self, weight: PackedWeight, bias: nn.Parameter | None) -> None:
+    def __init__(self, weight: PackedWeight, bias: nn.Parameter | None, *, int8: bool = False) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bits = weight.num_inputs, weight.num_outputs, weight.bits
+        self.int8 = int8
         self.register_buffer("codes", weight.codes)
         self.register_buffer("scales", weight.scales)
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        out = linear(x, PackedWeight(self.codes, self.scales, self.bits))
+        out = linear(x, PackedWeight(self.codes, self.scales, self.bits), int8=self.int8)
         return out if self.bias is None else out + self.bias
 
 
@@ -67,8 +68,9 @@ class QuantizedExperts(nn.Module):
     down_codes: Tensor
     down_scales: Tensor
 
-    def __init__(self, gate_up: PackedWeight, down: PackedWeight) -> None:
+    def __init__(self, gate_up: PackedWeight, down: PackedWeight, *, int8: bool = False) -> None:
         super().__init__()
+        self.int8 = int8
         self.gate_up_bits, self.down_bits = gate_up.bits, down.bits
         self.register_buffer("gate_up_codes", gate_up.codes)
         self.register_buffer("gate_up_scales", gate_up.scales)
@@ -78,7 +80,7 @@ class QuantizedExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         gate_up = PackedWeight(self.gate_up_codes, self.gate_up_scales, self.gate_up_bits)
         down = PackedWeight(self.down_codes, self.down_scales, self.down_bits)
-        return _elsewhere(hidden_states, top_k_index, top_k_weights, gate_up, down)
+        return _elsewhere(hidden_states, top_k_index, top_k_weights, gate_up, down, int8=self.int8)
 
 
 class ExpertSource(Protocol):
@@ -92,15 +94,17 @@ class ExpertSource(Protocol):
 class StreamedExperts(nn.Module):
     """The same with weights that are read anew for every pass, all tokens of which pay for it together."""
 
-    def __init__(self, source: ExpertSource, place: int) -> None:
+    def __init__(self, source: ExpertSource, place: int, *, int8: bool = False) -> None:
         super().__init__()
-        self._source, self._place = source, place
+        self._source, self._place, self._int8 = source, place, int8
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         with self._source.layer(self._place) as (gate_up, down):
-            return _elsewhere(hidden_states, top_k_index, top_k_weights, gate_up, down)
+            return _elsewhere(hidden_states, top_k_index, top_k_weights, gate_up, down, int8=self._int8)
 
 
-def _elsewhere(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
+def _elsewhere(
+    x: Tensor, chosen: Tensor, weights: Tensor, gate_up: PackedWeight, down: PackedWeight, *, int8: bool
+) -> Tensor:
     device = gate_up.codes.device
-    return experts(x.to(device), chosen.to(device), weights.to(device), gate_up, down).to(x.device)
+    return experts(x.to(device), chosen.to(device), weights.to(device), gate_up, down, int8=int8).to(x.device)

@@ -103,7 +103,8 @@ class Placer:
         if fit.placement.form == "packed" and self.facts.architecture.num_experts:
             return self._spread(fit)
         # Our own reader of packed weights knows no code but transformers' own.
-        if strategy == "no-gpu" and self.facts.can_unpack and not self.spec.model.trust_remote_code:
+        exact = self.spec.model.activation == "exact"
+        if strategy == "no-gpu" and self.facts.can_unpack and exact and not self.spec.model.trust_remote_code:
             unpacked = self._fit(replace(fit.placement, form="unpacked"))
             if self.unpacked_bytes(fit) <= self.unpacked_limit(fit) and not unpacked.short:
                 return unpacked

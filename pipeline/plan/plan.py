@@ -58,6 +58,7 @@ class Plan:
     decisions: tuple[Decision, ...]
     speed_key: tuple[tuple[str, str], ...]  # what its speed depends on, the libraries' versions apart
     plain_kernel: bool = False  # unquantized layers are multiplied by our kernel, where it can be compiled
+    activation: Literal["exact", "int8"] = "exact"  # what goes into packed layers on the CPU
 
     def explain(self) -> str:
         """The plan as a table for people: each decision with its reason, then memory by device and part."""
@@ -100,6 +101,7 @@ def make_plan(
     if fit.short:
         raise MachineError(list(placer.shortage(fit)))
     placement = fit.placement
+    _check_activation(spec, facts, placement)
     device = "cpu" if placement.device == "host" else f"cuda:{placer.gpu}"
     dtype, why_dtype = placer.dtype(strategy)
     plain_kernel = device == "cpu" and dtype == "float32"
@@ -111,6 +113,7 @@ def make_plan(
         Decision("device", device, _why_device(placer, placement)),
         Decision("dtype", dtype, why_dtype),
         _products(plain_kernel=plain_kernel),
+        *_activation(spec),
         _weights(placer, fit),
         *_experts(placer, placement),
         Decision("threads", str(num_threads), why_threads),
@@ -137,6 +140,7 @@ def make_plan(
         environment=tuple((made.name, made.value) for made in environment),
         budgets=fit.budgets,
         plain_kernel=plain_kernel,
+        activation=spec.model.activation,
         decisions=tuple(decisions),
         speed_key=(
             *_hardware(machine),
@@ -196,6 +200,21 @@ def _check_quantization(facts: ModelFacts) -> None:
     if quantization is not None and quantization.method != "auto-round":
         message = f"is quantized with {quantization.method}; AutoRound checkpoints and unquantized models can be loaded"
         raise SpecError(Problem(message, facts.directory, field="model.path"))
+
+
+def _check_activation(spec: JobSpec, facts: ModelFacts, placement: Placement) -> None:
+    if spec.model.activation == "int8" and placement.form != "packed":
+        why = "is not quantized" if not facts.is_packed else facts.packed_fault or "is not computed packed on the CPU"
+        message = f"int8 is for packed AutoRound weights on the CPU; this model {why}; use exact"
+        raise SpecError(Problem(message, facts.directory, field="model.activation"))
+
+
+def _activation(spec: JobSpec) -> Iterator[Decision]:
+    if spec.model.activation == "int8":
+        reason = (
+            "as asked: what goes into packed layers on the CPU is rounded to 8 bits, which changes answers a little"
+        )
+        yield Decision("activation", "int8", reason)
 
 
 def _strategy(spec: JobSpec, machine: Machine, facts: ModelFacts) -> tuple[LoadStrategy, str]:
