@@ -39,6 +39,19 @@ def kill_after(process: subprocess.Popen[str], seconds: float, number: int = sig
     return process.returncode
 
 
+def finish(job: Path) -> int:
+    """Run the job to its end in this process, without a delay; its exit code. Verifies what was published."""
+    from pipeline import load_job, run_job
+    from pipeline.tools.verify import verify_job
+
+    spec = load_job(job, overrides=["model.echo.delay=0ms"])
+    code = run_job(spec, quiet=True).exit_code
+    problems: list[Any] = []
+    verify_job(spec, problems.append)
+    assert problems == []
+    return code
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Until the condition holds; fails after so many seconds."""
     until = time.monotonic() + seconds

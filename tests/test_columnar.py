@@ -25,7 +25,7 @@ from pipeline.output.parquet import SUMMARY_KEY, Parquet, schema
 from pipeline.source.inputs import expand_inputs
 from pipeline.source.lines import digest_inputs, read_lines
 from pipeline.tools.verify import verify_job
-from tests.command import is_generating, kill_after, overnight, start, wait_until, write_job
+from tests.command import finish, is_generating, kill_after, start, wait_until, write_job
 
 CELLS = {
     "prompt": st.none() | st.text(max_size=20),
@@ -239,10 +239,7 @@ LINES: list[Any] = [{"id": n or "zero", "prompt": f"say {n} " * (n % 5 + 1), "n"
 
 def answers(directory: Path, name: str, **sections: Any) -> list[dict[str, Any]]:
     job = write_job(directory, LINES, output={"path": str(directory / name)}, **sections)
-    assert run_job(load_job(job), quiet=True).exit_code == 3
-    problems: list[Any] = []
-    verify_job(load_job(job), problems.append)
-    assert problems == []
+    assert finish(job) == 3
     return list(read_results(directory / name))
 
 
@@ -327,8 +324,7 @@ def test_a_killed_run_from_table_to_table_ends_as_an_undisturbed_one(tmp_path: P
     table = pq.read_table(killed.parent / "in.parquet")
     pq.write_table(table, killed.parent / "in.parquet", row_group_size=9)
     for job in (whole, killed):
-        assert overnight("run", job, "--quiet").returncode == 0
-        assert overnight("verify", job).returncode == 0
+        assert finish(job) == 0
     results = [[{**row, "timing": None} for row in read_results(job.parent / "out.parquet")] for job in (whole, killed)]
     assert results[0] == results[1]
     assert len(json.loads((killed.parent / "out.parquet.summary.json").read_bytes())["sessions"]) == 2
@@ -352,6 +348,7 @@ def test_a_changed_row_is_another_input(tmp_path: Path) -> None:
     path = tmp_path / "in.parquet"
     pq.write_table(pa.table({"prompt": ["a", "b"]}), path)
     job = write_job(tmp_path, [], input={"path": str(path)})
-    assert overnight("run", job, "--quiet").returncode == 0
+    assert finish(job) == 0
     pq.write_table(pa.table({"prompt": ["a", "c"]}), path)
-    assert overnight("run", job, "--quiet").returncode == 65
+    with pytest.raises(DataError, match="the input has changed"):
+        finish(job)

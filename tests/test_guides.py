@@ -53,9 +53,16 @@ def steps(text: str) -> Iterator[tuple[str, int, list[str]]]:
 
 
 def test_there_are_guides_to_run() -> None:
-    assert {"README", "autoround-models", "benchmarking", "library", "resume", "thinking", "troubleshooting"} <= {
-        guide.stem for guide in GUIDES if blocks(guide)
-    }
+    assert {
+        "README",
+        "autoround-models",
+        "benchmarking",
+        "formats",
+        "library",
+        "resume",
+        "thinking",
+        "troubleshooting",
+    } <= {guide.stem for guide in GUIDES if blocks(guide)}
 
 
 @pytest.mark.parametrize("guide", RUN)

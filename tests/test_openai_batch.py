@@ -19,6 +19,7 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsNon
 from openai.types.completion_create_params import CompletionCreateParamsNonStreaming as TextParams
 
 from pipeline import load_job, run_job
+from pipeline.errors import OutputError, SpecError
 from pipeline.ledger.files import RunPaths
 from pipeline.output import choose_form
 from pipeline.records import Message, Prompt, Rejection
@@ -26,7 +27,7 @@ from pipeline.source.line_parser import LineParser
 from pipeline.source.lines import RawLine
 from pipeline.spec.keys import JobSpec
 from pipeline.tools.verify import verify_job
-from tests.command import is_generating, kill_after, overnight, start, wait_until, write_job
+from tests.command import finish, is_generating, kill_after, start, wait_until, write_job
 from tests.job_values import LEAST, nested
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -57,10 +58,7 @@ def error(line: dict[str, Any], **keys: Any) -> tuple[str, str]:
 
 def run(directory: Path, lines: list[Any], **sections: Any) -> list[dict[str, Any]]:
     job = write_job(directory, lines, **(BATCH | sections))
-    assert run_job(load_job(job), quiet=True).exit_code in (0, 3)
-    problems: list[Any] = []
-    verify_job(load_job(job), problems.append)
-    assert problems == []
+    assert finish(job) in (0, 3)
     return [json.loads(line) for line in (directory / "out.jsonl").read_bytes().splitlines()]
 
 
@@ -321,8 +319,7 @@ def test_a_killed_run_over_gzip_ends_as_an_undisturbed_one(tmp_path: Path) -> No
             wait_until(lambda: is_generating(killed))
             assert kill_after(process, 0) == -9
             assert not (directory / "out.jsonl").exists()
-        assert overnight("run", job, "--quiet").returncode == 3
-        assert overnight("verify", job).returncode == 0
+        assert finish(job) == 3
     expected = without_times(whole / "out.jsonl")
     for one, other in zip(expected, without_times(killed / "out.jsonl"), strict=True):
         one_error, other_error = (each["error"] and each["error"]["code"] for each in (one, other))
@@ -342,24 +339,30 @@ def finished(tmp_path: Path) -> Path:
     return tmp_path / "job.yaml"
 
 
+def problems_of(job: Path) -> list[str]:
+    problems: list[Any] = []
+    verify_job(load_job(job), problems.append)
+    return [str(problem) for problem in problems]
+
+
 def test_a_missing_companion_is_told_and_published_again(finished: Path) -> None:
     timing = RunPaths(finished.parent / "out.jsonl").companion(".timing.jsonl")
     before = timing.read_bytes()
     timing.unlink()
-    told = overnight("verify", finished)
-    assert told.returncode == 65 and "timing.jsonl: is missing" in told.stderr
-    assert overnight("run", finished, "--quiet").returncode == 3
+    (told,) = problems_of(finished)
+    assert "timing.jsonl: is missing" in told
+    assert finish(finished) == 3
     assert timing.read_bytes() == before
     timing.write_bytes(before.replace(b"r1", b"r9", 1))
-    told = overnight("verify", finished)
-    assert told.returncode == 65 and "timing.jsonl: is not what was published" in told.stderr
+    (told,) = problems_of(finished)
+    assert "timing.jsonl: is not what was published" in told
 
 
 def test_a_changed_byte_of_the_output_is_told_with_its_line(finished: Path) -> None:
     output = finished.parent / "out.jsonl"
     output.write_bytes(output.read_bytes().replace(b"say 3", b"say 4", 1))
-    told = overnight("verify", finished)
-    assert told.returncode == 65 and "out.jsonl:3: differs from the run's answers" in told.stderr
+    (told,) = problems_of(finished)
+    assert "out.jsonl:3: differs from the run's answers" in told
 
 
 def test_a_strangers_companion_is_refused_and_moved_by_fresh(finished: Path, tmp_path: Path) -> None:
@@ -371,16 +374,16 @@ def test_a_strangers_companion_is_refused_and_moved_by_fresh(finished: Path, tmp
     job.write_text(job.read_text().replace(str(finished.parent), str(other)))
     stranger = other / "out.jsonl.timing.jsonl"
     stranger.write_text("somebody's")
-    refused = overnight("run", job)
-    assert refused.returncode == 73 and "timing.jsonl: exists and is not of this run" in refused.stderr
-    assert overnight("run", job, "--fresh", "--quiet").returncode == 3
+    with pytest.raises(OutputError, match=r"timing\.jsonl: exists and is not of this run"):
+        run_job(load_job(job), quiet=True)
+    assert run_job(load_job(job), fresh=True, quiet=True).exit_code == 3
     assert (other / "out.jsonl.timing.jsonl.old-1").read_text() == "somebody's"
-    assert overnight("verify", job).returncode == 0
+    assert problems_of(job) == []
 
 
 def test_fields_of_the_input_have_no_place_in_their_shape(tmp_path: Path) -> None:
     job = write_job(tmp_path, LINES, **BATCH)
-    refused = overnight("run", job, "--set", "output.keep_fields=none", "--set", "input.template=x {x}")
-    assert refused.returncode == 78
-    assert "output.keep_fields: has no place in OpenAI's shape" in refused.stderr
-    assert "input.template: has no meaning with input.format messages or openai-batch" in refused.stderr
+    with pytest.raises(SpecError) as refused:
+        load_job(job, overrides=["output.keep_fields=none", "input.template=x {x}"])
+    assert "output.keep_fields: has no place in OpenAI's shape" in str(refused.value)
+    assert "input.template: has no meaning with input.format messages or openai-batch" in str(refused.value)

@@ -17,8 +17,7 @@ from pipeline import load_job, read_results, remote, run_job
 from pipeline.errors import DataError, NotFoundError, OutputError, SpecError, WriteError
 from pipeline.source.inputs import expand_inputs
 from pipeline.source.lines import digest_inputs, read_lines
-from pipeline.tools.verify import verify_job
-from tests.command import kill_after, overnight, start, wait_until, write_job
+from tests.command import finish, kill_after, start, wait_until, write_job
 
 LINES = b"".join(json.dumps({"id": n, "prompt": f"say {n}"}).encode() + b"\n" for n in range(30))
 
@@ -55,14 +54,11 @@ def test_input_elsewhere_is_copied_once_for_each_version(tmp_path: Path, there: 
     put(there, "/in/a.jsonl.gz", gzip.compress(b'{"prompt": "first"}\n{bad\n'))
     put(there, "/in/notes.txt", b"no input")
     file = job(tmp_path)
-    assert run_job(load_job(file), quiet=True).exit_code == 3
+    assert finish(file) == 3
     answers = list(read_results(tmp_path / "out.jsonl"))
     assert [answer["completion"] for answer in answers] == ["first", None, *(f"say {n}" for n in range(30))]
     assert (answers[1]["error"]["file"], answers[1]["error"]["line"]) == ("memory:///in/a.jsonl.gz", 2)
     assert copies(tmp_path) == ["a.jsonl.gz", "b.jsonl.gz"]
-    problems: list[Any] = []
-    verify_job(load_job(file), problems.append)
-    assert problems == []
 
 
 def test_a_finished_run_fetches_nothing(tmp_path: Path, there: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,9 +267,7 @@ def test_a_killed_run_from_there_to_there_ends_as_an_undisturbed_one(tmp_path: P
             journal = local.with_name("out.jsonl.journal")
             wait_until(lambda path=journal: path.exists() and b'"commit"' in path.read_bytes())  # type: ignore[misc]
             assert kill_after(process, 0) == -9
-        assert overnight("run", file, "--quiet").returncode == 0
-        assert overnight("verify", file).returncode == 0
-        assert overnight("status", file).returncode == 0
+        assert finish(file) == 0
         assert (directory / "there/out.jsonl").read_bytes() == local.read_bytes()
         results.append([{**row, "timing": None} for row in read_results(directory / "there/out.jsonl")])
     assert results[0] == results[1]
