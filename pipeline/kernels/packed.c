@@ -637,3 +637,26 @@ int64_t packed_place(int64_t count, const char *from, const int64_t *offsets, co
     }
     return -1;
 }
+
+// Puts a float32 matrix [outputs, inputs] into blocks, as bfloat16 (16 bits, of even inputs) or as it is (32 bits).
+// Gives 1 if a weight would lose something as bfloat16; then the blocks are not to be used.
+int plain_place(const float *weight, int64_t outputs, int64_t inputs, int bits, uint32_t *blocks, int num_threads) {
+    const int64_t words = inputs * bits / 32;
+    int loses = 0;
+#pragma omp parallel for num_threads(num_threads) reduction(| : loses)
+    for (int64_t block = 0; block < (outputs + BLOCK - 1) / BLOCK; block++) {
+        const uint32_t *rows = (const uint32_t *)weight + block * BLOCK * inputs;
+        const int64_t count = least(BLOCK, outputs - block * BLOCK);
+        uint32_t *to = blocks + block * words * BLOCK;
+        uint32_t lost = 0;
+        for (int64_t word = 0; word < words; word++, to += BLOCK)
+            for (int64_t output = 0; output < BLOCK; output++) {
+                const uint32_t *from = rows + output * inputs + word * (32 / bits);
+                if (output >= count) to[output] = 0;
+                else if (bits == 32) to[output] = *from;
+                else to[output] = from[0] >> 16 | (from[1] & 0xffff0000u), lost |= (from[0] | from[1]) & 0xffff;
+            }
+        loses |= lost != 0;
+    }
+    return loses;
+}

@@ -249,6 +249,7 @@ def native_library() -> ctypes.CDLL | None:
     )
     library.packed_place.argtypes = (number, *[pointer] * 6)
     library.packed_place.restype = number
+    library.plain_place.argtypes = (pointer, number, number, switch, pointer, switch)
     return library
 
 
