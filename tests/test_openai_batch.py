@@ -12,6 +12,8 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from openai import OpenAI
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
@@ -232,6 +234,25 @@ def test_the_format_is_found_line_by_line() -> None:
     assert prompt(request(HELLO) | {"id": 1}, **auto).content == (Message("user", "hello there"),)
     templated = {"input.format": "auto", "input.template": "{url}"}
     assert prompt(request(HELLO), **templated).content == CHAT
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+NAMES = st.sampled_from([*EVERY_FIELD, "chat_template_kwargs", "top_k", "other"])
+
+
+@given(st.dictionaries(NAMES, JSON | st.sampled_from(list(ACCEPTED.values())), max_size=4), JSON, st.booleans())
+def test_whatever_a_line_holds_it_is_read_or_refused(body: dict[str, Any], odd: Any, is_text: bool) -> None:
+    content = {"prompt": "x"} if is_text else HELLO
+    parsed = parse(request({**content, **body}, TEXT if is_text else CHAT))
+    assert isinstance(parsed, Prompt | Rejection)
+    for name in ("custom_id", "method", "url", "body", "generation"):
+        changed = parse({**request(HELLO), name: odd})
+        assert isinstance(changed, Rejection) or odd in (None, "POST", CHAT) or name == "custom_id"
+    assert isinstance(parse(request({**HELLO, "messages": odd})), Prompt | Rejection)
 
 
 LINES: list[Any] = [

@@ -5,12 +5,15 @@ import hashlib
 import json
 import os
 import random
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from pipeline.errors import DataError, OutputError, WriteError
 from pipeline.ledger.files import Files, RunPaths
 from pipeline.ledger.recovery import find_finished
+from pipeline.output.native import Native
 from tests.faults.small_run import UnsyncedFiles, answer, identity, line, lines, open_ledger, published, summarize
 
 
@@ -216,3 +219,49 @@ def test_the_real_disk_will_do(output):
     with answered(output, Files()) as ledger:
         ledger.publish(summarize, summary_line=True)
     assert output.read_bytes() == published()[0]
+
+
+class Shouted(Native):
+    """Native lines, and beside them the same in capitals."""
+
+    companions: ClassVar = {".loud": lambda lines: (piece.upper() for piece in lines)}
+
+
+class Dying(UnsyncedFiles):
+    """Ends the process, as SIGKILL would, before one operation of all that follow its arming."""
+
+    left = None
+
+    def __getattribute__(self, name):
+        attribute = super().__getattribute__(name)
+        if callable(attribute) and not name.startswith("_") and self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                os._exit(9)
+        return attribute
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_killed_at_any_step_it_ends_with_all_that_belongs_to_the_output(tmp_path):
+    states = set()
+    for steps in range(100):
+        output = tmp_path / str(steps) / "out.jsonl"
+        pid = os.fork()
+        if not pid:
+            try:
+                files = Dying()
+                ledger = answered(output, files)
+                files.left = steps
+                ledger.publish(summarize, summary_line=True, form=Shouted())
+            finally:
+                os._exit(0)
+        _, status = os.waitpid(pid, 0)
+        states.add(frozenset(path.name for path in output.parent.iterdir()))
+        with open_ledger(output, UnsyncedFiles(), companions=Shouted.companions) as ledger:
+            ledger.publish(summarize, summary_line=True, form=Shouted())
+        assert output.read_bytes() + lines().upper() == published()[0] + Path(f"{output}.loud").read_bytes()
+        assert find_finished(output, identity()) is not None
+        assert not list(output.parent.glob("*.unpublished"))
+        if os.waitstatus_to_exitcode(status) == 0:
+            break
+    assert 15 < steps < 99 and len(states) >= 5  # each file has come at a step of its own

@@ -15,6 +15,7 @@ import pytest
 
 from pipeline import load_job, read_results, remote, run_job
 from pipeline.errors import DataError, NotFoundError, OutputError, SpecError, WriteError
+from pipeline.ledger import upload
 from pipeline.source.inputs import expand_inputs
 from pipeline.source.lines import digest_inputs, read_lines
 from tests.command import finish, kill_after, start, wait_until, write_job
@@ -212,6 +213,41 @@ def test_a_copy_that_fails_is_made_by_the_same_command(
         here = tmp_path / f"local/out/deep/x.jsonl{suffix}"
         assert there.cat_file(f"/out/deep/x.jsonl{suffix}") == here.read_bytes()
     assert puts[-1].endswith(".summary.json")
+
+
+class Killed(BaseException):
+    """What a killed process does next: nothing."""
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_killed_at_any_step_the_same_command_ends_it(
+    tmp_path: Path, there: Any, sending: Path, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After each copy, and after each note of the two that are made about them."""
+    left = iter(range(step + 1))
+
+    def dying(work: Any) -> Any:
+        def do(*words: Any, **options: Any) -> Any:
+            result = work(*words, **options)
+            if next(left, None) == step:
+                raise Killed
+            return result
+
+        return do
+
+    spec = load_job(sending, overrides=["output.format=openai-batch"])
+    with monkeypatch.context() as patch:
+        patch.setattr(upload.remote, "put", dying(remote.put))
+        patch.setattr(upload, "replace_file", dying(upload.replace_file))
+        if step < 5:
+            with pytest.raises(Killed):
+                run_job(spec, quiet=True)
+        else:
+            run_job(spec, quiet=True)  # nothing was left to be killed at
+    assert run_job(spec, quiet=True).exit_code == 0
+    for suffix in ("", ".timing.jsonl", ".summary.json"):
+        here = tmp_path / f"local/out/deep/x.jsonl{suffix}"
+        assert there.cat_file(f"/out/deep/x.jsonl{suffix}") == here.read_bytes()
 
 
 def test_what_vanishes_there_is_put_again_and_what_changes_is_told(there: Any, sending: Path) -> None:

@@ -57,7 +57,7 @@ def write_output(
 
 def _write(files: Files, patience: Patience, target: Path, content: Iterable[bytes]) -> FileDigest:
     """Write the file that is to become `target`, synced."""
-    with _Unpublished(files, patience, target) as file:
+    with _Unpublished(files, patience, unpublished(target)) as file:
         digest = hashlib.sha256()
         for data in content:
             digest.update(data)
@@ -120,7 +120,7 @@ def place_journal(files: Files, patience: Patience, paths: RunPaths, line: bytes
 
     It also shows, before anything is spent on answers, that this file system can publish. Raises OSError, WriteError.
     """
-    with _Unpublished(files, patience, paths.output) as file:
+    with _Unpublished(files, patience, paths.unpublished) as file:
         file.append(line)
         file.sync()
     place_new(files, paths.unpublished, paths.journal)
@@ -128,16 +128,18 @@ def place_journal(files: Files, patience: Patience, paths: RunPaths, line: bytes
 
 def write_summary(files: Files, patience: Patience, paths: RunPaths, summary: Mapping[str, Json]) -> None:
     """Raises WriteError."""
-    replace_file(files, patience, paths.summary, summary_bytes(summary))
+    # By the output's own temporary name, which a process that died while it placed the output may have left.
+    replace_file(files, patience, paths.summary, summary_bytes(summary), by=paths.unpublished)
 
 
-def replace_file(files: Files, patience: Patience, target: Path, data: bytes) -> None:
-    """Make `target` hold `data`, whole or not at all. Raises WriteError."""
-    with _Unpublished(files, patience, target) as file:
+def replace_file(files: Files, patience: Patience, target: Path, data: bytes, *, by: Path | None = None) -> None:
+    """Make `target` hold `data`, whole or not at all, `by` way of a temporary file beside it. Raises WriteError."""
+    by = by or unpublished(target)
+    with _Unpublished(files, patience, by) as file:
         file.append(data)
         file.sync()
     with writing(target):
-        files.rename(unpublished(target), target)
+        files.rename(by, target)
         files.sync_directory(target.parent)
 
 
@@ -163,9 +165,9 @@ class _Unpublished:
     """The file that is on its way to a name. What a crash left there may be a second name of the output: never reuse
     its bytes, only its name."""
 
-    def __init__(self, files: Files, patience: Patience, target: Path) -> None:
+    def __init__(self, files: Files, patience: Patience, path: Path) -> None:
         self._files = files
-        self._path = unpublished(target)
+        self._path = path
         with writing(self._path):
             files.unlink(self._path)
             self._file = GrowingFile(files, self._path, patience, flags=os.O_CREAT | os.O_EXCL)
