@@ -62,7 +62,7 @@ class Run:
         self.witness = witness or job.with_name("witness")
         self._talk = job.with_name("talk")
         arguments = (["run", str(job), *words], self.witness, self._talk, tuple(prepare))
-        self.process = _context.Process(target=_main, args=arguments)
+        self.process = _context.Process(target=_main, args=arguments, daemon=True)
         self.process.start()
 
     def wait(self, seconds: float = TIMEOUT_S) -> int | None:
