@@ -87,26 +87,27 @@ class Run:
     def seconds_to_end(self) -> float:
         """How long it takes from now to its end, without the time in which it waited for a processor that others had:
         a promise of seconds is none about a busy machine."""
-        began, queued_before = time.monotonic(), self._queued_s()
+        began, queued_before = time.monotonic(), queued_s(self.process.pid)
         queued = queued_before
         while self.process.exitcode is None:
-            queued = max(queued, self._queued_s())
+            queued = max(queued, queued_s(self.process.pid))
             self.process.join(0.01)
             if time.monotonic() - began > TIMEOUT_S:
                 break
         return time.monotonic() - began - (queued - queued_before)
 
-    def _queued_s(self) -> float:
-        """Seconds that its main thread has waited for a processor; see proc(5), schedstat."""
-        try:
-            return int(Path(f"/proc/{self.process.pid}/schedstat").read_text().split()[1]) / 1e9
-        except (OSError, IndexError):
-            return 0.0
-
     @property
     def talk(self) -> str:
         """What it has said so far."""
         return self._talk.read_text(errors="replace") if self._talk.exists() else ""
+
+
+def queued_s(process: int | None) -> float:
+    """Seconds that a process's main thread has waited for a processor; see proc(5), schedstat."""
+    try:
+        return int(Path(f"/proc/{process}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
 
 
 def slow_disk() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.command import overnight, start, write_job
+from tests.faults.processes import queued_s
 from tests.faults.trials import SCALE, Trials
 
 MIB = 1 << 20
@@ -105,7 +106,8 @@ def write_items(path: Path, start: int, end: int) -> None:
 
 
 def seconds_to_admission(job: Path) -> float:
-    """From the start of the program until it hands the first new item to the engine; then it is killed."""
+    """From the start of the program until it hands the first new item to the engine, without those in which it waited
+    for a processor that others had; then it is killed."""
     journal = job.with_name("out.jsonl.journal")
     size = journal.stat().st_size
     began = time.monotonic()
@@ -114,7 +116,7 @@ def seconds_to_admission(job: Path) -> float:
         while b'"kind":"admit"' not in _from(journal, size):
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
-        return time.monotonic() - began
+        return time.monotonic() - began - queued_s(process.pid)
     finally:
         process.kill()
         process.communicate()
