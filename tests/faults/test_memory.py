@@ -82,6 +82,7 @@ def test_a_line_of_two_gigabytes_costs_one_line(tmp_path: Path, trials: Trials, 
     assert peak <= baseline + SPARE
 
 
+@pytest.mark.slow
 def test_a_reader_that_may_hold_a_line_is_seen(tmp_path: Path, trials: Trials, baseline: int) -> None:
     def held(number: int) -> str | None:
         job = job_over(tmp_path / str(number), long_line, LEAST_BYTES, max_line="3 GiB")
