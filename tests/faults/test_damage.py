@@ -14,8 +14,9 @@ import pytest
 import pipeline.ledger.history as history_module
 import pipeline.ledger.journal as journal_module
 import pipeline.ledger.partial as partial_module
+from tests.command import wait_until
 from tests.faults.compare import problem_with, undisturbed
-from tests.faults.processes import Preparation, Run, duration, make_job, run_to_end
+from tests.faults.processes import Preparation, Run, make_job, run_to_end
 from tests.faults.trials import Trials, chances
 
 KINDS = ("flip", "zero", "remove")
@@ -65,12 +66,13 @@ _kept = TemporaryDirectory()
 def half_done() -> Path:
     """The files of a run that was killed halfway."""
     directory = Path(_kept.name)
-    job = make_job(directory)
+    job = make_job(directory, delay="5ms")
     journal = job.with_name("out.jsonl.journal")
-    chance = random.Random(0)
-    while not journal.exists() or journal.read_bytes().count(b'"commit"') < 3:
-        Run(job).kill_after(chance.uniform(0.3, 0.9) * duration())
-        assert not job.with_name("out.jsonl").exists()
+    for num_commits in (1, 3, 5):  # of three sessions
+        run = Run(job)
+        wait_until(lambda num=num_commits: journal.exists() and journal.read_bytes().count(b'"commit"') >= num)
+        run.kill_after(0)
+    assert not job.with_name("out.jsonl").exists()
     return directory
 
 
@@ -78,7 +80,8 @@ def damaged(directory: Path, chance: random.Random, *prepare: Preparation) -> st
     """One byte of journal or partial is changed; what came of it."""
     shutil.copytree(half_done(), directory)
     job = directory / "job.yaml"
-    job.write_text(job.read_text().replace(str(half_done() / "out.jsonl"), str(directory / "out.jsonl")))
+    text = job.read_text().replace(str(half_done() / "out.jsonl"), str(directory / "out.jsonl"))
+    job.write_text(text.replace('"5ms"', '"0ms"'))
     (directory / "witness").unlink()
     path = directory / chance.choice(["out.jsonl.journal", "out.jsonl.partial"])
     data = bytearray(path.read_bytes())
