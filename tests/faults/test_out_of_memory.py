@@ -18,13 +18,14 @@ import torch
 import pipeline.job
 import pipeline.probe
 import pipeline.watch as watch_module
+from pipeline import read_results
 from pipeline.engines.echo import EchoEngine
 from pipeline.engines.failures import item_error
 from pipeline.engines.headroom import Headroom
 from pipeline.engines.slots import SlotEngine
 from pipeline.ledger.history import replay
 from pipeline.ledger.ledger import Ledger
-from pipeline.output import read_results, render
+from pipeline.output.native import render
 from pipeline.records import Completion, Prompt, Request, Settings
 from pipeline.runner import Runner
 from pipeline.stop import Stop

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 import pipeline.engines
-from pipeline import load_job, run_job
+from pipeline import load_job, read_results, run_job
 from pipeline.ledger.files import Files
-from pipeline.output import read_results
 from pipeline.prompting.length_limit import LengthLimit
 from tests.command import write_job
 from tests.faults.trials import Trials, chances
