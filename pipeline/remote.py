@@ -52,7 +52,8 @@ class RemoteFile:
     def copy(self) -> Path:
         """Where this version lies on this machine once it was fetched; its name ends as that of the file."""
         key = hashlib.sha256(f"{self.url}\n{self.version}".encode()).hexdigest()[:32]
-        return cache_directory() / "remote" / f"{key}-{PurePosixPath(self.url).name}"
+        path = self.url.partition("?")[0] if self.url.startswith("http") else self.url  # without a signature
+        return cache_directory() / "remote" / f"{key}-{PurePosixPath(path).name}"
 
 
 def is_remote(path: str) -> bool:

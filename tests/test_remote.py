@@ -174,6 +174,11 @@ def test_the_output_is_put_there_with_its_summary_and_once(tmp_path: Path, there
     assert there.info("/out/deep/x.jsonl") == before
 
 
+def test_a_copy_has_the_suffix_of_its_file() -> None:
+    for url in ("https://host/a/x.jsonl.gz?signature=b/c.d", "s3://bucket/a/x.jsonl.gz"):
+        assert remote.RemoteFile(url, 1, "v").copy.name.endswith("-x.jsonl.gz")
+
+
 def test_what_belongs_to_the_output_goes_with_it(tmp_path: Path, there: Any, sending: Path) -> None:
     run_job(load_job(sending, overrides=["output.format=openai-batch"]), quiet=True)
     names = ["x.jsonl", "x.jsonl.summary.json", "x.jsonl.timing.jsonl"]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SUMMARY_KEY = "overnight.summary"
 _GROUP_ROWS = 16_384
-_GROUP_BYTES = 32 << 20  # of native lines
+_GROUP_BYTES = 16 << 20  # of native lines
 
 
 @cache
