@@ -90,12 +90,10 @@ def test_a_table_elsewhere_is_read_too(tmp_path: Path, there: Any) -> None:
     assert [raw.data for raw in lines] == [b'{"prompt":"a"}', b'{"prompt":"b"}']
 
 
-def test_a_file_that_changes_while_it_is_copied_is_refused(
-    tmp_path: Path, there: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    put(there, "/in/a.jsonl.gz", gzip.compress(LINES))
-    files = expand_inputs(["memory://in/a.jsonl.gz"])
-    put(there, "/in/a.jsonl.gz", gzip.compress(LINES + LINES))
+def test_a_file_that_changes_while_it_is_copied_is_refused(tmp_path: Path, there: Any) -> None:
+    put(there, "/in/a.jsonl", LINES)
+    files = expand_inputs(["memory://in/a.jsonl"])
+    put(there, "/in/a.jsonl", LINES.replace(b"say 7", b"say 8"))
     with pytest.raises(NotFoundError, match="was changed while it was copied"):
         digest_inputs(files)
     assert copies(tmp_path) == []
@@ -191,6 +189,18 @@ def test_a_strangers_file_is_refused_before_anything_is_done(tmp_path: Path, the
         run_job(load_job(sending), quiet=True)
     assert there.cat_file("/out/deep/x.jsonl") == b"somebody's"
     assert not (tmp_path / "local").exists()
+
+
+def test_a_strangers_file_that_came_meanwhile_is_refused_too(
+    there: Any, sending: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(upload.Upload, "finish", lambda _self: False)
+        assert run_job(load_job(sending), quiet=True).exit_code == 0
+    put(there, "/out/deep/x.jsonl", b"somebody's")
+    with pytest.raises(OutputError, match="exists and is not of this run"):
+        run_job(load_job(sending), quiet=True)
+    assert there.cat_file("/out/deep/x.jsonl") == b"somebody's"
 
 
 @pytest.mark.parametrize("number", [0, 1])
