@@ -88,7 +88,7 @@ def test_a_guide_is_true(guide: Path, tmp_path: Path) -> None:
 
 def run(words: list[str], code: int, said: list[str], place: Path, environment: dict[str, str]) -> None:
     done = subprocess.run(
-        words, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120
+        words, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
     )
     assert done.returncode == code, f"{words[-1]}\n{done.stdout}"
     rest = done.stdout

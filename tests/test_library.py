@@ -36,7 +36,7 @@ def check_types(directory: Path, program: str) -> subprocess.CompletedProcess[st
     (directory / "consumer.py").write_text(program)
     (directory / "pyrightconfig.json").write_text(f'{{"typeCheckingMode": "strict", "extraPaths": ["{REPOSITORY}"]}}')
     command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "consumer.py"]
-    return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow  # and pyright may fetch its Node when it is first used
@@ -64,7 +64,7 @@ def test_a_notebook_gets_a_bar_and_a_pipe_does_not(tmp_path: Path) -> None:
     job = write_job(tmp_path, [{"prompt": "hello"}] * 3)
     for is_notebook in (True, False):
         command = [sys.executable, "-W", "error", "-c", KERNEL % is_notebook, str(job)]
-        said = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+        said = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
         assert said.returncode == 0, said.stderr
         assert ("3/3" in said.stderr and "items/s" in said.stderr) == is_notebook, said.stderr
         (tmp_path / "out.jsonl").unlink()

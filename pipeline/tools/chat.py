@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Generator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pipeline.errors import OutputError, Problem
+from pipeline.errors import OutputError, Problem, StoppedError
 from pipeline.job import locate_model, prepare, say_decisions, say_to_stderr
 from pipeline.records import Completion, Item, Message, Prompt, Rejection, Request
 from pipeline.spec.keys import JobSpec
@@ -54,7 +54,7 @@ class Chat:
         self.thinking: ThinkingMode = spec.thinking.mode
         say = _silence if quiet else say_to_stderr
         stop = Stop()
-        with stop.signals(), stop.interrupting("loading the model"):
+        with _interruptible(stop):
             self._facts, _ = locate_model(self._spec, say, quiet=quiet)
             self._plan, choice = prepare(self._spec, self._facts)
             apply_environment(self._plan)
@@ -138,6 +138,16 @@ class Chat:
 
     def _push(self, draft: Draft) -> list[Piece]:
         return [piece for row in self._engine.unfinished() for piece in draft.push(row.token_ids)]
+
+
+@contextmanager
+def _interruptible(stop: Stop) -> Generator[None]:
+    """Loading, which a signal ends at once; there is no run that could be resumed."""
+    try:
+        with stop.signals(), stop.interrupting("loading the model"):
+            yield
+    except StoppedError:
+        raise StoppedError(f"stopped ({stop.reason}) while loading the model") from None
 
 
 def _silence(_text: str) -> None:
