@@ -18,6 +18,7 @@ from pipeline.errors import DataError, NotFoundError, OutputError, SpecError, Wr
 from pipeline.ledger import upload
 from pipeline.source.inputs import expand_inputs
 from pipeline.source.lines import digest_inputs, read_lines
+from pipeline.tools.status import job_status
 from tests.command import finish, kill_after, start, wait_until, write_job
 
 LINES = b"".join(json.dumps({"id": n, "prompt": f"say {n}"}).encode() + b"\n" for n in range(30))
@@ -168,6 +169,7 @@ def test_the_output_is_put_there_with_its_summary_and_once(tmp_path: Path, there
         assert there.cat_file(f"/out/deep/x.jsonl{suffix}") == here.read_bytes()
     assert len(there.find("/out")) == 2
     before = there.info("/out/deep/x.jsonl")
+    assert job_status(load_job(sending)).batch_status == "completed"
     assert run_job(load_job(sending), quiet=True).exit_code == 0
     assert there.info("/out/deep/x.jsonl") == before
 
@@ -223,6 +225,8 @@ def test_a_copy_that_fails_is_made_by_the_same_command(
     ):
         run_job(load_job(sending), quiet=True)
     assert len(list(read_results(tmp_path / "local/out/deep/x.jsonl"))) == 30
+    status = job_status(load_job(sending))
+    assert "not copied to memory://out/deep/x.jsonl yet" in str(status) and status.batch_status == "finalizing"
     assert run_job(load_job(sending), quiet=True).exit_code == 0
     for suffix in ("", ".summary.json"):
         here = tmp_path / f"local/out/deep/x.jsonl{suffix}"

@@ -51,10 +51,9 @@ class Upload:
         Raises DataError where what was put there is another's now, OutputError for a stranger's file, and WriteError
         where copying fails: the answers are safe here, and the same command copies them.
         """
-        publication = hashlib.sha256(self._paths.summary.read_bytes()).hexdigest()
-        noted = self._noted()
-        if noted["publication"] == publication and all(noted["versions"].get(url) for url in self._sources):
-            return self._put_missing(publication, noted["versions"])
+        publication = self._publication()
+        if self.is_noted:
+            return self._put_missing(publication, self._noted()["versions"])
         self.refuse_stranger()
         versions: dict[str, str | None] = dict.fromkeys(self._sources)
         self._note(publication, versions)
@@ -62,6 +61,16 @@ class Upload:
             versions[url] = self._put(source, url)
         self._note(publication, versions)
         return True
+
+    @property
+    def is_noted(self) -> bool:
+        """Whether all that is published now was copied; asks nobody. Raises OSError while nothing is published."""
+        noted = self._noted()
+        return noted["publication"] == self._publication() and all(map(noted["versions"].get, self._sources))
+
+    def _publication(self) -> str:
+        """What tells one publication of the run from another."""
+        return hashlib.sha256(self._paths.summary.read_bytes()).hexdigest()
 
     def _put_missing(self, publication: str, versions: dict[str, str | None]) -> bool:
         has_put = False

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.ledger.recovery import RunState, read_run
+from pipeline.ledger.upload import Upload
+from pipeline.remote import is_remote
 from pipeline.spec.keys import JobSpec
 from pipeline.summary import timestamp
 
@@ -33,18 +35,23 @@ _ADVICE = {
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The state of the run whose output is `output`, read at `read_at` (Unix time)."""
+    """The state of the run whose output is `output`, read at `read_at` (Unix time).
+
+    `missing_at` is where a finished output is still to be copied to.
+    """
 
     output: Path
     run: RunState
     read_at: float
+    missing_at: str | None = None
 
     @property
     def batch_status(self) -> str:
         """The word that OpenAI's batch API has for the state."""
         history = self.run.history
         is_answered = history is not None and history.is_complete
-        return "finalizing" if self.run.state == "running" and is_answered else _BATCH_STATUS[self.run.state]
+        is_finalizing = self.missing_at is not None or (self.run.state == "running" and is_answered)
+        return "finalizing" if is_finalizing else _BATCH_STATUS[self.run.state]
 
     @property
     def left_s(self) -> float | None:
@@ -74,6 +81,8 @@ class Status:
                 )
         if self.run.state == "running" and self.left_s is not None:
             lines.append(f"about {self.left_s:.0f} s left")
+        if self.missing_at is not None:
+            lines.append(f"not copied to {self.missing_at} yet; `overnight run` does it")
         if advice := _ADVICE.get(self.run.state):
             lines.append(advice)
         return "\n".join(lines)
@@ -94,6 +103,7 @@ class Status:
                 "failed": tally.failed if tally else 0,
             },
             "output_tokens": tally.output_tokens if tally else 0,
+            "missing_at": self.missing_at,
             "left_s": None if self.left_s is None else round(self.left_s, 1),
             "sessions": [session.to_json() for session in history.sessions] if history else [],
             "read_at": timestamp(self.read_at),
@@ -102,8 +112,10 @@ class Status:
 
 def job_status(spec: JobSpec) -> Status:
     """The state of the job's run. Raises OSError only where a file of the run cannot be read."""
-    output = spec.output.file
-    return Status(output, read_run(output), time.time())
+    output, url = spec.output.file, spec.output.path
+    run = read_run(output)
+    is_missing = run.state == "finished" and is_remote(url) and not Upload(output, url).is_noted
+    return Status(output, run, time.time(), url if is_missing else None)
 
 
 def watch_job(spec: JobSpec, sleep: Callable[[float], None] = time.sleep) -> Iterator[Status]:
