@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import __version__
+from pipeline.bandwidth import read_speed
 from pipeline.errors import EXIT_OK, EXIT_SOME_FAILED, StoppedError
+from pipeline.forecast.census import FIRST_LINES, take_sample
 from pipeline.forecast.forecast import Forecast
 from pipeline.forecast.session import Expectation
 from pipeline.ledger.files import Patience, RunPaths
@@ -44,7 +46,14 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
-_TOLD_DECISIONS = ("load strategy", "dtype", "weights", "experts", "slots")  # of the plan, at the start of a run
+_TOLD_DECISIONS = (
+    "load strategy",
+    "dtype",
+    "weights",
+    "repacked weights",
+    "experts",
+    "slots",
+)  # of the plan, at the start of a run
 _LIBRARIES = ("torch", "transformers", "auto-round", "tokenizers", "safetensors")
 
 
@@ -108,7 +117,7 @@ def _run(spec: JobSpec, limit: int | None, stop: Stop, say: Say, *, fresh: bool,
         if is_remote(spec.output.path):
             _upload(spec).refuse_stranger()
         facts, model = locate_model(spec, say, quiet=quiet)
-        plan, choice = prepare(spec, facts)
+        plan, choice = prepare(spec, facts, files=files)
         apply_environment(plan)
         encoder = choice.encoder()
     expectation = Expectation(spec, plan, library_versions(plan.engine))
@@ -199,22 +208,41 @@ def _read_facts(spec: JobSpec, say: Say, *, config_only: bool, quiet: bool) -> M
 
 
 def prepare(
-    spec: JobSpec, facts: ModelFacts | None, *, machine: Machine | None = None, stats: PromptStats | None = None
+    spec: JobSpec,
+    facts: ModelFacts | None,
+    *,
+    machine: Machine | None = None,
+    stats: PromptStats | None = None,
+    files: Sequence[InputFile] = (),
 ) -> tuple[Plan, EngineChoice]:
-    """Decide how the job runs here (or on `machine`), before anything heavy is loaded."""
+    """Decide how the job runs here (or on `machine`), before anything heavy is loaded.
+
+    Without `stats`, where memory bounds the batch, the first lines of `files` tell how long prompts are.
+    """
     from pipeline.engines import choose_engine
+    from pipeline.plan.budget import MAX_SLOTS
     from pipeline.plan.plan import make_plan
     from pipeline.probe import probe_machine
 
-    plan = make_plan(spec, machine or probe_machine(), facts, stats)
-    return plan, choose_engine(spec, plan, facts)
+    here = machine or probe_machine()
+    plan = make_plan(spec, here, facts, stats)
+    if plan.streaming is not None and machine is None:
+        speed = read_speed(sorted(Path(plan.model_dir or "").glob("*.safetensors")))
+        here = replace(here, disk_read_bytes_per_s=None if speed is None else round(speed))
+        plan = make_plan(spec, here, facts, stats)
+    choice = choose_engine(spec, plan, facts)
+    if files and stats is None and facts is not None and plan.slots < MAX_SLOTS:
+        sample = take_sample(spec, files, FIRST_LINES, choice.encoder().encode, most=FIRST_LINES)
+        plan = make_plan(spec, here, facts, sample.prompt_stats)
+        choice = choose_engine(spec, plan, facts)
+    return plan, choice
 
 
 def _load(choice: EngineChoice, ledger: Ledger, conditions: Mapping[str, Json], stop: Stop, say: Say) -> Engine:
     """The engine, with its model in memory, and the ledger told so. Raises StoppedError, and what loading raises."""
     try:
         with stop.interrupting("loading the model"):
-            engine, load_s = choice.open(say)
+            engine, load_s = choice.open(say, say is not _silence and sys.stderr.isatty())
     except StoppedError:
         ledger.close(stop.ended)
         raise

@@ -58,6 +58,7 @@ class Machine:
     logical_cpus: int  # processors this process may run on
     memory_total_bytes: Size
     memory_available_bytes: Size  # free, or given back by the kernel on demand
+    disk_read_bytes_per_s: Annotated[Size, Field(ge=1)] | None = None  # where the model lies; None: not measured
     cpu_features: frozenset[str] = field(default_factory=frozenset[str])  # as /proc/cpuinfo spells them
     cgroup: Cgroup | None = None
     gpus: tuple[Gpu, ...] = ()

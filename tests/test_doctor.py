@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import bandwidth
 from pipeline.errors import OutputError
 from pipeline.kernels.native import Native
 from pipeline.ledger import directory_check
 from pipeline.ledger.files import DISK, Files
 from pipeline.machine import Cgroup, Gpu, Machine, load_machine
-from pipeline.tools import bandwidth
 from pipeline.tools import machine_checks as checks
 from pipeline.tools.doctor import diagnose_directory, diagnose_machine, recommend
 from pipeline.tools.model_checks import check_model
@@ -241,8 +241,13 @@ def test_the_strategy_that_suits_a_machine_is_named(change, strategy):
 
 @pytest.mark.parametrize("file", sorted((REPOSITORY / "examples/machines").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_machines_of_the_guide_are_recognized(file):
-    expected = {"cpu-64gb": "no-gpu", "gpu-80gb": "max-gpu", "rtx4090-laptop-64gb": "min-gpu"}[file.stem]
-    assert recommend(load_machine(file)).found.startswith(f"{expected} for Qwen3")
+    expected = {
+        "cpu-24gb": "no-gpu; smaller",
+        "cpu-64gb": "no-gpu for Qwen3",
+        "gpu-80gb": "max-gpu for Qwen3",
+        "rtx4090-laptop-64gb": "min-gpu for Qwen3",
+    }
+    assert recommend(load_machine(file)).found.startswith(expected[file.stem])
 
 
 def test_what_is_measured_is_plausible(tmp_path):

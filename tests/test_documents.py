@@ -22,7 +22,7 @@ FLAGSHIP = REPOSITORY / "examples/models/qwen3-next-80b-a3b-thinking-int4-mixed-
 
 
 def test_there_is_something_to_test() -> None:
-    assert len(JOBS) == 8 and len(MACHINES) == 3
+    assert len(JOBS) == 8 and len(MACHINES) == 4
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -41,6 +41,17 @@ def test_the_flagship_is_planned_for_every_example_machine(job: str, machine: st
     assert plan.load_strategy in plan.explain()
     for budget in plan.budgets:
         assert budget.needed_bytes <= budget.allowed_bytes
+
+
+def test_the_guide_to_the_flagship_quotes_what_the_plan_prints() -> None:
+    guide = (REPOSITORY / "docs/flagship.md").read_text()
+    quoted = re.findall(r"^\$ overnight plan (\S+) --machine (\S+)\n(.*?)^```", guide, flags=re.DOTALL | re.MULTILINE)
+    assert sorted(Path(machine).name for _, machine, _ in quoted) == MACHINES
+    for job, machine, lines in quoted:
+        plan = make_plan(load_job(REPOSITORY / job), load_machine(REPOSITORY / machine), read_facts(FLAGSHIP))
+        printed = {" ".join(line.split()) for line in plan.explain().splitlines()}
+        assert len(lines.splitlines()) >= 5
+        assert {" ".join(line.split()) for line in lines.splitlines()} <= printed
 
 
 def test_the_library_example_runs(tmp_path: Path) -> None:
@@ -116,3 +127,26 @@ def test_continuous_integration_runs_the_test_command_of_the_readme() -> None:
     assert "make test" in (REPOSITORY / "README.md").read_text()
     assert (REPOSITORY / ".ci/run").read_text().rstrip().endswith("make test")
     assert json.loads((REPOSITORY / "jobs/job.schema.json").read_text())["type"] == "object"
+
+
+def test_the_guide_to_plan_and_report_does_what_it_says(tmp_path: Path) -> None:
+    guide = (REPOSITORY / "docs/plan-and-report.md").read_text()
+    for folder in ("jobs", "examples"):
+        shutil.copytree(REPOSITORY / folder, tmp_path / folder)
+    job = tmp_path / "jobs/rehearsal-echo.yaml"
+    job.write_text(job.read_text().replace("delay: 20ms", "delay: 1ms"))
+    commands = [
+        line.split()[1:] for block in re.findall(r"```sh\n(.*?)```", guide, re.S) for line in block.splitlines()
+    ]
+    assert len(commands) == 6
+    said = ""
+    for words in commands:
+        done = overnight(*words, cwd=tmp_path, OVERNIGHT_CACHE=str(tmp_path / "cache"))
+        assert done.returncode == 0, done.stderr
+        said += done.stdout
+    for line in re.findall(r"```text\n(.*?)```", guide, re.S)[0].splitlines():
+        assert line.strip() in said
+    assert (tmp_path / "runs/rehearsal-echo.jsonl.report.html").exists()
+    assert (tmp_path / "runs/night.html").exists() and (tmp_path / "runs/night.png").exists()
+    for image in re.findall(r"\]\((images/[^)]+)\)", guide):
+        assert (REPOSITORY / "docs" / image).stat().st_size < 300_000

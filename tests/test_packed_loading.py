@@ -179,7 +179,9 @@ def test_without_a_compiler_the_model_is_the_same(directory: Path, monkeypatch: 
 
 def test_experts_and_the_rest_lie_where_the_plan_says(directory: Path) -> None:
     """`meta` stands in for a GPU: tensors there have shapes and no values."""
-    model, info = load_packed(plan_of(directory, device="meta", num_expert_layers_on_gpu=1), open_checkpoint(directory))
+    model, info = load_packed(
+        plan_of(directory, device="meta", plain_kernel=False, num_expert_layers_on_gpu=1), open_checkpoint(directory)
+    )
     assert not any(info.values())
     places = [
         {name: buffer.device.type for name, buffer in layer.mlp.experts.named_buffers()}  # type: ignore[union-attr]
@@ -199,7 +201,7 @@ def test_experts_and_the_rest_lie_where_the_plan_says(directory: Path) -> None:
 @pytest.mark.parametrize("on_gpu", [0, 2, 4])
 def test_on_a_gpu_the_scores_are_the_same(directory: Path, on_gpu: int) -> None:
     wanted = scores(load_model(plan_of(directory)).model)
-    loaded = load_model(plan_of(directory, device="cuda:0", num_expert_layers_on_gpu=on_gpu))
+    loaded = load_model(plan_of(directory, device="cuda:0", plain_kernel=False, num_expert_layers_on_gpu=on_gpu))
     with torch.inference_mode():
         found = loaded.model(torch.arange(60, device="cuda:0").view(3, 20)).logits.cpu()
     assert (found - wanted).abs().max() < 1e-3 * wanted.std()

@@ -42,7 +42,7 @@ class EngineChoice:
     """One way to generate. `encoder` is cheap and raises SpecError for what the model cannot do; `open` loads."""
 
     encoder: Callable[[], Encoder]
-    open: Callable[[Report], tuple[Engine, float]]  # and the seconds it took to load
+    open: Callable[[Report, bool], tuple[Engine, float]]  # shows a bar or not; and the seconds it took to load
 
 
 def choose_engine(spec: JobSpec, plan: Plan, facts: ModelFacts | None) -> EngineChoice:
@@ -61,7 +61,7 @@ def _echo(spec: JobSpec, plan: Plan) -> EngineChoice:
     misbehaviour = Misbehaviour(echo.delay, echo.fail_every, echo.crash_at, echo.oom_at, echo.hang_at)
     return EngineChoice(
         encoder=lambda: BytesEncoder(context_length=_ECHO_CONTEXT_LENGTH, over_length=spec.input.over_length),
-        open=lambda _report: (EchoEngine(slots=plan.slots, misbehaviour=misbehaviour), 0.0),
+        open=lambda _report, _show_progress: (EchoEngine(slots=plan.slots, misbehaviour=misbehaviour), 0.0),
     )
 
 
@@ -69,12 +69,12 @@ def choose_stock_engine(spec: JobSpec, plan: Plan, facts: ModelFacts) -> EngineC
     """Stock transformers for the same plan, to be compared with: its own loading and its own `generate`."""
     tokenizer, encoder = _encoding(spec, plan, facts.architecture.context_length)
 
-    def open_(_report: Report) -> tuple[Engine, float]:
+    def open_(_report: Report, show_progress: bool) -> tuple[Engine, float]:
         from pipeline.engines.stock import StockEngine
         from pipeline.loading import load_model
 
         began = time.perf_counter()
-        loaded = load_model(replace(plan, weights="stock", plain_kernel=False))
+        loaded = load_model(replace(plan, weights="stock", plain_kernel=False), show_progress=show_progress)
         return StockEngine(loaded.model, tokenizer(), encoder().thinking), time.perf_counter() - began
 
     return EngineChoice(encoder=encoder, open=open_)
@@ -83,18 +83,19 @@ def choose_stock_engine(spec: JobSpec, plan: Plan, facts: ModelFacts) -> EngineC
 def _transformers(spec: JobSpec, plan: Plan, context_length: int) -> EngineChoice:
     tokenizer, encoder = _encoding(spec, plan, context_length)
 
-    def open_(report: Report) -> tuple[Engine, float]:
+    def open_(report: Report, show_progress: bool) -> tuple[Engine, float]:
         from pipeline.engines.transformers import open_engine
         from pipeline.loading import load_model
 
         began = time.perf_counter()
-        loaded = load_model(plan)
+        loaded = load_model(plan, show_progress=show_progress, report=report)
         engine = open_engine(
             loaded.model,
             tokenizer(),
             thinking=encoder().thinking,
             slots=plan.slots,
             cache_tokens=plan.cache_tokens,
+            step_tokens=plan.step_tokens,
             report=report,
         )
         return engine, time.perf_counter() - began

@@ -44,7 +44,8 @@ def difference_by_batch(model: CausalModel, token_ids: Sequence[int], pad_id: in
 def difference_by_packing(model: Any, packed: PackedModel, token_ids: Sequence[int]) -> tuple[float, float]:
     """The same for packed steps, compared with the model's own forward over each whole prompt.
 
-    The longer prompt is computed in two parts, the second beside the shorter prompt's first token of an answer.
+    The longer prompt is computed in two parts, the second beside the shorter prompt's first token of an answer. Two
+    passes of the model's own and three packed ones: with experts on disk a pass takes minutes (`CHECK_PASSES`).
     """
     import torch
 
@@ -60,12 +61,11 @@ def difference_by_packing(model: Any, packed: PackedModel, token_ids: Sequence[i
         return packed.forward(tokens, positions, Step(decoding, prefill, packed.device), ends)
 
     def alone(tokens: Sequence[int]) -> Any:
-        return model(input_ids=torch.tensor([tokens], device=packed.device), use_cache=False).logits[0, -1:]
+        return model(input_ids=torch.tensor([tokens], device=packed.device), use_cache=False).logits[0, -2:]
 
+    first, second = token_ids[-1], token_ids[0]  # of the answers; any tokens do
     with torch.inference_mode():
-        first_scores, second_scores = alone(short), alone(long)
-        first, second = int(first_scores.argmax()), int(second_scores.argmax())
-        wanted = torch.cat([first_scores, second_scores, alone([*short, first]), alone([*long, second])])
+        wanted = torch.stack([alone([*short, first]), alone([*long, second])], dim=1).flatten(0, 1)
         begun = forward(
             [*short, *long[:half]],
             [*range(len(short)), *range(half)],

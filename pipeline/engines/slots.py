@@ -20,6 +20,7 @@ from pipeline.engines.sampling import Sampler, stream_key
 from pipeline.engines.schedule import Part, Schedule, Seat
 from pipeline.engines.slot_cache import Span, Step
 from pipeline.engines.vocabulary import vocabulary_of
+from pipeline.plan.streaming import STEP_TOKENS
 from pipeline.records import Completion, ItemError, Request, Unfinished
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from pipeline.prompting.encoder import ThinkingTags
 
-STEP_TOKENS = 512  # in one step; above some hundreds of rows a CPU's matrix products gain nothing more
 _LEAST_STEP_TOKENS = 16  # memory that does not suffice for so few will not suffice for fewer
 
 

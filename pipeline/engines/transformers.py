@@ -10,6 +10,7 @@ from pipeline.engines.padded import PaddedEngine
 from pipeline.engines.slot_cache import NotServedError
 from pipeline.engines.slots import SlotEngine
 from pipeline.loading.quiet import quiet_libraries
+from pipeline.plan.streaming import STEP_TOKENS
 from pipeline.records import Engine
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def open_engine(
     thinking: ThinkingTags | None,
     slots: int,
     cache_tokens: int,
+    step_tokens: int = STEP_TOKENS,
     report: Callable[[str], None],
 ) -> Engine:
     """The fastest engine that answers as the model itself would, after a check of a few prompts.
@@ -33,7 +35,14 @@ def open_engine(
     """
     try:
         engine = SlotEngine(
-            model, tokenizer, thinking=thinking, slots=slots, cache_tokens=cache_tokens, window=slots, report=report
+            model,
+            tokenizer,
+            thinking=thinking,
+            slots=slots,
+            cache_tokens=cache_tokens,
+            window=slots,
+            report=report,
+            step_tokens=step_tokens,
         )
         with quiet_libraries():  # a layer says at its first step which of its kernels are not installed
             difference, rounding = engine.self_check()

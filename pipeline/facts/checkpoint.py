@@ -71,8 +71,11 @@ class Checkpoint:
             yield from shard.tensors.items()
 
 
-class _Damaged(Exception):  # noqa: N818  (caught below; never seen by a user)
-    """A file that is not what it says; `hostile` where that could hurt the reader, not only the answer."""
+class DamagedError(Exception):
+    """A file that is not what it says; `hostile` where that could hurt the reader, not only the answer.
+
+    No user sees it: who opens files says which one and what to do.
+    """
 
     def __init__(self, message: str, *, hostile: bool = False) -> None:
         super().__init__(message)
@@ -88,13 +91,13 @@ def open_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> Chec
     unsafe = [Problem(reason, str(path), field="model.path") for path, reason in _unsafe(directory, trust_remote_code)]
     damaged: list[Problem] = []
 
-    def note(path: Path, error: _Damaged) -> None:
+    def note(path: Path, error: DamagedError) -> None:
         (unsafe if error.hostile else damaged).append(Problem(str(error), str(path), field="model.path"))
 
     config: JsonObject = {}
     try:
         config = read_json(directory / CONFIG)
-    except _Damaged as error:
+    except DamagedError as error:
         note(directory / CONFIG, error)
     shards: list[Shard] = []
     names, expected = [SINGLE_FILE], None
@@ -103,7 +106,7 @@ def open_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> Chec
         try:
             expected = _weight_map(read_json(index, _MAX_HEADER_BYTES))
             names = sorted(set(expected.values()))
-        except _Damaged as error:
+        except DamagedError as error:
             note(index, error)
             names = []
     elif not (directory / SINGLE_FILE).exists():
@@ -113,7 +116,7 @@ def open_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> Chec
             shard = read_shard(directory / name)
             _check_index(shard, name, expected)
             shards.append(shard)
-        except _Damaged as error:
+        except DamagedError as error:
             note(directory / name, error)
     if unsafe:
         raise SpecError(unsafe + damaged)
@@ -128,46 +131,48 @@ def read_json(path: Path, max_bytes: int = _MAX_JSON_BYTES) -> JsonObject:
         with path.open("rb") as file:
             data = file.read(max_bytes + 1)
     except OSError as error:
-        raise _Damaged(f"cannot be read: {error.strerror}") from None
+        raise DamagedError(f"cannot be read: {error.strerror}") from None
     if len(data) > max_bytes:
-        raise _Damaged(f"longer than {max_bytes} bytes", hostile=True)
+        raise DamagedError(f"longer than {max_bytes} bytes", hostile=True)
     return _parse(data)
 
 
 def read_shard(path: Path) -> Shard:
     """The header of one safetensors file, checked against the file's size.
 
-    Format: https://huggingface.co/docs/safetensors: eight bytes of little-endian length, so many bytes of JSON (name to
-    dtype, shape and data_offsets), then the data without gaps.
+    Raises DamagedError. Format: https://huggingface.co/docs/safetensors: eight bytes of little-endian length, so many
+    bytes of JSON (name to dtype, shape and data_offsets), then the data without gaps.
     """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
             if len(prefix) < 8:
-                raise _Damaged("is cut short: not even a header is there; download it again")
+                raise DamagedError("is cut short: not even a header is there; download it again")
             if prefix == _LFS_POINTER:
-                raise _Damaged("is a pointer of Git LFS, not the weights; `git lfs pull` in this directory gets them")
+                raise DamagedError(
+                    "is a pointer of Git LFS, not the weights; `git lfs pull` in this directory gets them"
+                )
             (length,) = struct.unpack("<Q", prefix)
             if length > _MAX_HEADER_BYTES:
-                raise _Damaged(f"says its header has {length} bytes, more than any model needs", hostile=True)
+                raise DamagedError(f"says its header has {length} bytes, more than any model needs", hostile=True)
             if length > size - 8:
-                raise _Damaged("is cut short within its header; download it again")
+                raise DamagedError("is cut short within its header; download it again")
             header = file.read(length)
     except OSError as error:
-        raise _Damaged(f"cannot be read: {error.strerror}") from None
+        raise DamagedError(f"cannot be read: {error.strerror}") from None
     entries = _parse(header)
     entries.pop("__metadata__", None)
     tensors: dict[str, Tensor] = {}
     at = 0
     for name, begin, end, tensor in sorted((_entry(name, entry) for name, entry in entries.items()), key=_by_offset):
         if begin != at or end - begin != tensor.num_bytes:
-            raise _Damaged(f"lies about the place or size of {name!r}", hostile=True)
+            raise DamagedError(f"lies about the place or size of {name!r}", hostile=True)
         at = end
         tensors[name] = tensor
     if at != size - 8 - length:
         fault = "is cut short" if at > size - 8 - length else "has bytes that no tensor owns"
-        raise _Damaged(f"{fault} ({size} bytes, its header says {8 + length + at}); download it again")
+        raise DamagedError(f"{fault} ({size} bytes, its header says {8 + length + at}); download it again")
     return Shard(path, size, header, tensors)
 
 
@@ -176,7 +181,7 @@ def _by_offset(entry: tuple[str, int, int, Tensor]) -> tuple[int, int]:
 
 
 def _entry(name: str, entry: object) -> tuple[str, int, int, Tensor]:
-    fault = _Damaged(f"has a malformed header entry {name!r:.100}", hostile=True)
+    fault = DamagedError(f"has a malformed header entry {name!r:.100}", hostile=True)
     if not isinstance(entry, dict):
         raise fault
     fields = cast("JsonObject", entry)
@@ -202,11 +207,11 @@ def _parse(data: bytes) -> JsonObject:
     try:
         value = json.loads(data, object_pairs_hook=_no_duplicates)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise _Damaged(f"is not JSON: {error}") from None
+        raise DamagedError(f"is not JSON: {error}") from None
     except (ValueError, RecursionError) as error:  # a name twice, a number of thousands of digits, nesting without end
-        raise _Damaged(f"is JSON that no library writes: {error}", hostile=True) from None
+        raise DamagedError(f"is JSON that no library writes: {error}", hostile=True) from None
     if not isinstance(value, dict):
-        raise _Damaged("is not a JSON object")
+        raise DamagedError("is not a JSON object")
     return cast("JsonObject", value)
 
 
@@ -221,11 +226,11 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> JsonObject:
 def _weight_map(index: JsonObject) -> dict[str, str]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise _Damaged("names no weight files")
+        raise DamagedError("names no weight files")
     files = cast("dict[str, object]", weight_map)
     for file in files.values():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise _Damaged(f"names a weight file {file!r:.100} that is no safetensors file beside it", hostile=True)
+            raise DamagedError(f"names a weight file {file!r:.100} that is no safetensors file beside it", hostile=True)
     return cast("dict[str, str]", files)
 
 
@@ -235,7 +240,7 @@ def _check_index(shard: Shard, name: str, expected: Mapping[str, str] | None) ->
     promised = {tensor for tensor, file in expected.items() if file == name}
     if missing := promised - shard.tensors.keys():
         example = min(missing)
-        raise _Damaged(f"lacks {len(missing)} tensors that {INDEX} promises, {example!r} first; download it again")
+        raise DamagedError(f"lacks {len(missing)} tensors that {INDEX} promises, {example!r} first; download it again")
 
 
 def _unsafe(directory: Path, trust_remote_code: bool) -> Iterator[tuple[Path, str]]:
@@ -261,7 +266,7 @@ def _code(directory: Path) -> Iterator[tuple[Path, str]]:
     for name in (CONFIG, "tokenizer_config.json", GENERATION_CONFIG):
         try:
             has_code = "auto_map" in read_json(directory / name)
-        except _Damaged:
+        except DamagedError:
             continue
         if has_code:
             yield directory / name, f"asks for code of its own (auto_map): {advice}"

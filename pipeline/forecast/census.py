@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.forecast.forecast import Work
 from pipeline.forecast.speeds import lengths_of
+from pipeline.plan.plan import PromptStats
 from pipeline.records import Item, Prompt, Rejection, Request
 from pipeline.source.inputs import InputFile
 from pipeline.source.line_parser import LineParser
@@ -17,6 +18,7 @@ from pipeline.summary import Histogram
 
 Encode = Callable[[Prompt], Request | Rejection]
 
+FIRST_LINES = 256  # of an input: they tell roughly how long its prompts are, in a tenth of a second
 _EXAMPLES = 3  # of each kind of refusal
 # A line whose bytes are more than this part of the context may be over length, and is encoded in any case: a token is
 # at least a byte, and the other half is left for what the template adds.
@@ -75,6 +77,13 @@ class Census:
     def scale(self) -> float:
         """Good lines of the whole input for each that was encoded."""
         return self.num_prompts / self.num_encoded if self.num_encoded else 0.0
+
+    @property
+    def prompt_stats(self) -> PromptStats | None:
+        """What a plan takes of it; None where no line is good."""
+        if not self.num_encoded:
+            return None
+        return PromptStats(self.num_prompts, self.num_tokens / self.num_encoded, self.longest)
 
     def work(self, spec: JobSpec, slots: int) -> Work:
         """What the whole input asks of an engine with so many slots."""

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.forecast.census import Encode, take_sample
-from pipeline.forecast.forecast import Forecast, Speed, make_forecast
+from pipeline.forecast.forecast import Forecast, Speed
 from pipeline.forecast.speeds import SpeedBook, lengths_of
+from pipeline.forecast.streaming import forecast_plan
 from pipeline.plan.plan import Plan
 from pipeline.source.inputs import InputFile
 from pipeline.spec.keys import JobSpec
@@ -37,13 +38,13 @@ class Expectation:
         """The time for what is left of so many answers, from a few lines of the input; None where no speed is known."""
         speeds = self._book.read()
         num_left = num_answers - num_done
-        if not speeds or not num_left:
+        if not (speeds or self._plan.streaming) or not num_left:
             return None
         num_samples = self._spec.generation.num_samples
         num_lines = min(num_answers // num_samples, _SAMPLED_LINES)
         work = take_sample(self._spec, files, num_lines, encode, most=_SAMPLE).work(self._spec, self._plan.slots)
         good_share = work.num_answers / (num_lines * num_samples)
-        return make_forecast(work.part(round(num_left * good_share)), speeds)
+        return forecast_plan(work.part(round(num_left * good_share)), self._plan, speeds)
 
     def conditions(self, forecast: Forecast | None) -> dict[str, Any]:
         """What the journal keeps for `report`: how the session works, and what was expected of it."""

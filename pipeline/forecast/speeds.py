@@ -10,9 +10,10 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
+from typing import cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -23,19 +24,9 @@ from pipeline.spec.fingerprint import fingerprint_fields
 from pipeline.spec.keys import JobSpec
 
 _MOST_KEPT = 20  # of one key; the oldest goes
+_SPEEDS = TypeAdapter(tuple[Speed, ...])
 # Another input or seed gives answers of about the same length.
 _NOT_OF_LENGTHS = ("input.path", "input.max_line", "input.id_field", "generation.seed", "generation.num_samples")
-
-
-@dataclass(frozen=True, slots=True)
-class _Page:
-    """What a file holds; its name is a digest of the key, which is there for whoever looks."""
-
-    key: dict[str, str]
-    speeds: tuple[Speed, ...]
-
-
-_PAGE = TypeAdapter(_Page)
 
 
 class SpeedBook:
@@ -47,8 +38,11 @@ class SpeedBook:
     def read(self) -> tuple[Speed, ...]:
         """The speeds that are known, oldest first; none where there is no file that can be read."""
         try:
-            return _PAGE.validate_json(self._path.read_bytes()).speeds
-        except (OSError, NotFoundError, ValidationError):
+            page = cast("object", json.loads(self._path.read_bytes()))
+            if not isinstance(page, dict) or page.get("key") != self._key:  # pyright: ignore[reportUnknownMemberType]
+                return ()
+            return _SPEEDS.validate_python(cast("dict[str, object]", page)["speeds"])
+        except (OSError, NotFoundError, ValueError, KeyError, ValidationError):
             return ()
 
     def write(self, speed: Speed) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK = 32  # outputs that lie together
+LAYOUT = 1  # the number of this layout: weights are kept in it on disk, and one of another number is made anew
 _WORD_BITS = 32
 _SOURCE = Path(__file__).with_name("packed.c")
 _SLAB = 128  # inputs that are rounded to 8 bits with one scale, or fewer where a group is not made of so many

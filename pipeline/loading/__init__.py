@@ -7,14 +7,14 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import MachineError, NotFoundError, Problem, SpecError
 from pipeline.facts.checkpoint import Checkpoint, open_checkpoint
-from pipeline.loading.packed import load_packed
+from pipeline.loading.packed import load_packed, use_plain_kernel
 from pipeline.loading.quiet import quiet_libraries
 from pipeline.loading.stock import load_stock
 from pipeline.loading.unpack import load_unpacked
@@ -43,8 +43,8 @@ def apply_environment(plan: Plan) -> None:
         torch.set_num_threads(plan.num_threads)
 
 
-def load_model(plan: Plan, *, show_progress: bool = False) -> LoadedModel:
-    """Load the plan's model as the plan says, in silence but for a bar if wanted.
+def load_model(plan: Plan, *, show_progress: bool = False, report: Callable[[str], object] = str) -> LoadedModel:
+    """Load the plan's model as the plan says, in silence but for a bar if wanted, and for sentences to `report`.
 
     Raises before anything is loaded NotFoundError and SpecError for files that are incomplete or may not be loaded.
     After: NotFoundError for weights that are not those of
@@ -58,10 +58,9 @@ def load_model(plan: Plan, *, show_progress: bool = False) -> LoadedModel:
     torch.set_num_threads(plan.num_threads)
     _check_type(plan, checkpoint)
     with quiet_libraries(show_progress=show_progress), _explained(checkpoint.directory):
-        model, info = _LOADERS[plan.weights](plan, checkpoint, show_progress)
+        model, info = _LOADERS[plan.weights](plan, checkpoint, show_progress, report)
         _check_complete(checkpoint.directory, info)
-        if plan.plain_kernel:
-            _use_plain_kernel(model)
+        use_plain_kernel(plan, model)
     tensors = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
     on_gpu = plan.device.startswith("cuda")
     return LoadedModel(
@@ -74,21 +73,13 @@ def load_model(plan: Plan, *, show_progress: bool = False) -> LoadedModel:
     )
 
 
-def _use_plain_kernel(model: torch.nn.Module) -> None:
-    from pipeline.kernels.plain import is_served
-    from pipeline.loading.packed_modules import put_linears_in_blocks
-
-    if is_served():
-        put_linears_in_blocks(model)
-
-
-def _load_unpacked(plan: Plan, checkpoint: Checkpoint, _show_progress: bool) -> tuple[torch.nn.Module, dict[str, Any]]:
+def _load_unpacked(plan: Plan, checkpoint: Checkpoint, *_: object) -> tuple[torch.nn.Module, dict[str, Any]]:
     import torch
 
     return load_unpacked(checkpoint, getattr(torch, plan.dtype))
 
 
-def _load_stock(plan: Plan, checkpoint: Checkpoint, _show_progress: bool) -> tuple[torch.nn.Module, dict[str, Any]]:
+def _load_stock(plan: Plan, checkpoint: Checkpoint, *_: object) -> tuple[torch.nn.Module, dict[str, Any]]:
     return load_stock(plan, checkpoint)
 
 

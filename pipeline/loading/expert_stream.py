@@ -11,19 +11,9 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import NamedTuple, TypeAlias
 
-from pipeline.kernels.packed import PackedWeight
-from pipeline.loading.weight_files import Matrix, WeightShape, read_tensors
-
-LayerWeights: TypeAlias = "tuple[PackedWeight, PackedWeight]"  # gate and up, down
-
-
-class Layer(NamedTuple):
-    """What a layer's experts look like, and where they are read from."""
-
-    shape: tuple[WeightShape, WeightShape]
-    matrices: Callable[[LayerWeights], Sequence[Matrix]]
+from pipeline.loading.weight_files import Reader, Wanted, WeightShape
+from pipeline.loading.weight_source import Layer, LayerWeights
 
 
 class ExpertStream:
@@ -33,12 +23,17 @@ class ExpertStream:
         self._layers: list[Layer] = []
         self._free: dict[tuple[WeightShape, WeightShape], list[LayerWeights]] = defaultdict(list)
         self._ahead: dict[int, tuple[LayerWeights, Future[None]]] = {}
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="experts")
+        self._reader = Reader(past_cache=True)
+        self._turn = ThreadPoolExecutor(1, thread_name_prefix="experts")  # one layer after the other
 
     def add(self, layer: Layer) -> int:
         """Take on a layer; its place."""
         self._layers.append(layer)
         return len(self._layers) - 1
+
+    def shape(self, place: int) -> tuple[WeightShape, WeightShape]:
+        """What the weights of a layer look like."""
+        return self._layers[place].shape
 
     @contextmanager
     def layer(self, place: int) -> Generator[LayerWeights]:
@@ -58,17 +53,16 @@ class ExpertStream:
     def _begin(self, place: int) -> None:
         if place in self._ahead:
             return
-        shape, matrices = self._layers[place]
+        shape, wanted = self._layers[place]
         weights = self._free[shape].pop() if self._free[shape] else (shape[0].new(), shape[1].new())
-        reading = self._reader.submit(read_tensors, matrices(weights), _unobserved)
+        reading = self._turn.submit(self._read, wanted, weights)
         self._ahead[place] = weights, reading
+
+    def _read(self, wanted: Callable[[LayerWeights], Sequence[Wanted]], weights: LayerWeights) -> None:
+        self._reader.read(wanted(weights), lambda _num_bytes: None)
 
     def _drop_ahead(self) -> None:
         for place, (weights, reading) in self._ahead.items():
             reading.exception()
             self._free[self._layers[place].shape].append(weights)
         self._ahead.clear()
-
-
-def _unobserved(_num_bytes: int) -> None:
-    pass

@@ -10,45 +10,86 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.facts.architecture import read_architecture
 from pipeline.facts.checkpoint import CONFIG, Checkpoint
-from pipeline.facts.model_facts import SET_ASIDE, part_of
-from pipeline.kernels.packed import BLOCK, PackedWeight, dequantize
-from pipeline.loading.expert_stream import ExpertStream, Layer, LayerWeights
+from pipeline.kernels.packed import PackedWeight, dequantize
+from pipeline.loading.expert_stream import ExpertStream
+from pipeline.loading.keeping import Keeping
+from pipeline.loading.resolve import model_identity
 from pipeline.loading.unpack import GENERATION_CONFIG
-from pipeline.loading.weight_files import Matrix, Plain, Wanted, WeightShape, read_tensors, stored_tensors
+from pipeline.loading.weight_source import CheckpointSource, WeightSource
 from pipeline.plan.plan import Plan
 
 if TYPE_CHECKING:
     import torch
 
-_WORD_BITS = 32
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-
 
 def load_packed(
-    plan: Plan, checkpoint: Checkpoint, show_progress: bool = False
+    plan: Plan, checkpoint: Checkpoint, show_progress: bool = False, report: Callable[[str], object] = str
 ) -> tuple[torch.nn.Module, dict[str, set[str]]]:
     """The model as the plan places it, and the keys that were missing, mismatched or unexpected.
 
-    Raises NotFoundError for files that changed since they were looked at, or zero points of a layer that is not
-    symmetric.
+    From repacked weights where the plan keeps such and has them. `report` takes sentences for the user. Raises
+    NotFoundError for files that changed since they were looked at, or zero points of a layer that is not symmetric.
     """
+    keeping = plan.repack_cache and Keeping(plan.repack_cache, _identity(plan, checkpoint), report)
+    source = keeping and keeping.open()
+    if keeping and source is None and keeping.comes_first:
+        thin = _spread_thin(plan, checkpoint)
+        keeping.make(_load(thin, checkpoint, CheckpointSource(checkpoint), show_progress)[0])
+        source = keeping.open()
+    if source is not None:
+        return _load(plan, checkpoint, source, show_progress)
+    model, faults = _load(plan, checkpoint, CheckpointSource(checkpoint), show_progress)
+    if keeping and not any(faults.values()):
+        keeping.make_beside(model)
+    return model, faults
+
+
+def use_plain_kernel(plan: Plan, model: torch.nn.Module) -> None:
+    """Have layers that are not packed computed by our kernel, if the plan says so and there is one."""
+    from pipeline.kernels.plain import is_served
+    from pipeline.loading.packed_modules import put_linears_in_blocks
+
+    if plan.plain_kernel and is_served():
+        put_linears_in_blocks(model)
+
+
+def _identity(plan: Plan, checkpoint: Checkpoint) -> str:
+    """What repacked weights depend on, their layout apart."""
+    from pipeline.kernels.plain import is_served
+
+    plain_kernel = plan.plain_kernel and is_served()
+    return f"{model_identity(checkpoint.directory)} {plan.dtype} {plain_kernel}"
+
+
+def _spread_thin(plan: Plan, checkpoint: Checkpoint) -> Plan:
+    """The same with no more than two layers of experts in memory."""
+    architecture = read_architecture(checkpoint.config, file=str(checkpoint.directory / CONFIG))
+    return replace(plan, num_streamed_layers=len(architecture.sparse_layers))
+
+
+def _load(
+    plan: Plan, checkpoint: Checkpoint, source: WeightSource, show_progress: bool
+) -> tuple[torch.nn.Module, dict[str, set[str]]]:
     import torch
     from transformers import GenerationConfig
 
     model = _skeleton(checkpoint, getattr(torch, plan.dtype))
-    loading = _Loading(plan, checkpoint, model)
+    loading = _Loading(plan, source, model)
+    loading.put_plain_in_blocks()
     loading.replace_modules()
     loading.make_room()
-    with _bar(loading.num_bytes, shown=show_progress) as progress:
-        read_tensors(loading.wanted, progress)
+    with _bar(source.num_bytes, shown=show_progress) as progress:
+        source.fill(progress)
         loading.finish(progress)
     if (checkpoint.directory / GENERATION_CONFIG).exists():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
-    return model.eval(), loading.info
+    use_plain_kernel(plan, model)
+    return model.eval(), source.faults
 
 
 def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
@@ -80,110 +121,83 @@ def _bar(num_bytes: int, *, shown: bool) -> Iterator[Callable[[int], object]]:
 
 
 class _Loading:
-    """One load: which tensor of the files goes where."""
+    """One load: which module takes the place of which, and where its weights go."""
 
-    def __init__(self, plan: Plan, checkpoint: Checkpoint, model: Any) -> None:
+    def __init__(self, plan: Plan, source: WeightSource, model: Any) -> None:
         import torch
 
-        architecture = read_architecture(checkpoint.config, file=str(checkpoint.directory / CONFIG))
-        self._plan, self._model, self._int8 = plan, model, plan.activation == "int8"
+        self._plan, self._model, self._source = plan, model, source
+        self._int8 = plan.activation == "int8"
         self._device = torch.device(plan.device)
-        self._num_expert_layers = len(architecture.sparse_layers)
         self._stream = ExpertStream()
-        self._stored = {
-            # The decoder of a model that also sees has a longer name in the files than alone.
-            name.replace(architecture.prefix, "model.", 1) if name.startswith(architecture.prefix) else name: stored
-            for name, stored in stored_tensors(checkpoint).items()
-            if part_of(name) != SET_ASIDE
-        }
-        self.wanted: list[Wanted] = []
-        self.info: dict[str, set[str]] = {"missing_keys": set(), "mismatched_keys": set(), "unexpected_keys": set()}
         self._unpack: dict[str, PackedWeight] = {}
-        self._for_gpu: dict[str, tuple[WeightShape, WeightShape]] = {}
+        self._for_gpu: dict[str, Any] = {}
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(one.stored.num_bytes for one in self.wanted)
+    def put_plain_in_blocks(self) -> None:
+        """Layers that are not packed, one by one and before all else: changing their form takes twice their room.
+
+        A head that is the embedding too waits for that (`use_plain_kernel`).
+        """
+        from torch import nn
+
+        from pipeline.kernels.plain import in_plain_blocks, is_served
+        from pipeline.loading.packed_modules import PlainLinear
+
+        if not self._plan.plain_kernel or not is_served():
+            return
+        tied = self._model.get_input_embeddings().weight
+        for name, module in list(self._model.named_modules()):
+            if type(module) is not nn.Linear or module.weight is tied or self._source.has_linear(name):
+                continue
+            weight = self._source.plain_linear(name, module)
+            if weight is None:
+                values = self._source.plain(f"{name}.weight", module.weight)
+                if values is None:
+                    continue
+                self._source.fill(lambda _num_bytes: None)
+                weight = in_plain_blocks(values)
+            self._model.set_submodule(name, PlainLinear(weight, module.bias))
 
     def replace_modules(self) -> None:
         from torch import nn
 
-        place = 0
-        for name, module in list(self._model.named_modules()):
-            if isinstance(module, nn.Linear) and f"{name}.qweight" in self._stored:
+        modules = list(self._model.named_modules())
+        experts = [(name, module) for name, module in modules if self._source.has_experts(name)]
+        for place, (name, module) in enumerate(experts):
+            self._replace_experts(name, module, place, len(experts))
+        for name, module in modules:
+            if isinstance(module, nn.Linear) and self._source.has_linear(name):
                 self._replace_linear(name, module)
-            elif f"{name}.0.gate_proj.qweight" in self._stored:
-                self._replace_experts(name, module, place)
-                place += 1
 
     def _replace_linear(self, name: str, module: Any) -> None:
         from pipeline.loading.packed_modules import QuantizedLinear
 
-        weight = self._shape(name, ()).new()
-        self.wanted += self._matrices(name, weight)
+        weight = self._source.linear(name)
         if self._device.type == "cpu":
             self._model.set_submodule(name, QuantizedLinear(weight, module.bias, int8=self._int8))
         else:
             self._unpack[name] = weight
             module.weight = None
 
-    def _replace_experts(self, name: str, module: Any, place: int) -> None:
+    def _replace_experts(self, name: str, module: Any, place: int, num_layers: int) -> None:
         from pipeline.loading.packed_modules import QuantizedExperts, StreamedExperts
 
-        gate_up = self._shape(f"{name}.0.gate_proj", (module.num_experts,), twice=True)
-        down = self._shape(f"{name}.0.down_proj", (module.num_experts,))
-        if self._is_streamed(place):
-            layer = Layer((gate_up, down), lambda weights: list(self._expert_matrices(name, weights)))
+        if self._is_streamed(place, num_layers):
+            layer = self._source.layer(name, module)
             self._model.set_submodule(name, StreamedExperts(self._stream, self._stream.add(layer), int8=self._int8))
-            return
-        if self._device.type != "cpu" and place < self._plan.num_expert_layers_on_gpu:
-            self._for_gpu[name] = gate_up, down
-            return
-        weights = gate_up.new(), down.new()
-        self.wanted += self._expert_matrices(name, weights)
-        self._model.set_submodule(name, QuantizedExperts(*weights, int8=self._int8))
+        elif self._device.type != "cpu" and place < self._plan.num_expert_layers_on_gpu:
+            self._for_gpu[name] = module
+        else:
+            self._model.set_submodule(name, QuantizedExperts(*self._source.experts(name, module), int8=self._int8))
 
-    def _is_streamed(self, place: int) -> bool:
+    def _is_streamed(self, place: int, num_layers: int) -> bool:
         """Streamed layers are spread evenly over those that are not on a GPU: reading has the time of the others."""
         streamed, on_gpu = self._plan.num_streamed_layers, self._plan.num_expert_layers_on_gpu
-        host, at = self._num_expert_layers - on_gpu, place - on_gpu
+        host, at = num_layers - on_gpu, place - on_gpu
         return at >= 0 and (at + 1) * streamed // host > at * streamed // host
 
-    def _expert_matrices(self, name: str, weights: LayerWeights) -> Iterator[Matrix]:
-        gate_up, down = weights
-        half = gate_up.num_outputs // 2 // BLOCK
-        for expert in range(len(gate_up.codes)):
-            into = gate_up[expert]
-            for projection, weight in zip(_PROJECTIONS, (into[:half], into[half:], down[expert]), strict=True):
-                yield from self._matrices(f"{name}.{expert}.{projection}", weight)
-
-    def _shape(self, name: str, stack: tuple[int, ...], *, twice: bool = False) -> WeightShape:
-        """Of layers like the stored one called `name`, or of two such side by side."""
-        codes, scales, zeros = (self._stored[f"{name}.{leaf}"].shape for leaf in ("qweight", "scales", "qzeros"))
-        bits = zeros[1] * _WORD_BITS // scales[1]
-        return WeightShape(stack, scales[1] * (2 if twice else 1), codes[0], scales[0], bits)
-
-    def _matrices(self, name: str, weight: PackedWeight) -> Iterator[Matrix]:
-        half = 1 << (weight.bits - 1)
-        zero = sum((half - 1) << shift for shift in range(0, _WORD_BITS, weight.bits))
-        if zero >= 1 << 31:
-            zero -= 1 << 32
-        targets = (
-            ("qweight", weight.codes.data_ptr(), 4),
-            ("scales", weight.scales.data_ptr(), 2),
-            ("qzeros", zero, 0),
-        )
-        for leaf, target, size in targets:
-            stored = self._stored.get(f"{name}.{leaf}")
-            if stored is None:
-                self.info["missing_keys"].add(f"{name}.{leaf}")
-            else:
-                rows, columns = stored.shape
-                yield Matrix(f"{name}.{leaf}", stored, target, rows, columns, size)
-
     def make_room(self) -> None:
-        """Memory for what is not packed, and where it is read from."""
-        import torch
+        """What is not packed."""
         from torch import nn
 
         self._model.tie_weights()
@@ -191,37 +205,11 @@ class _Loading:
         for name, parameter in list(self._model.named_parameters()):
             if name.startswith(later):
                 continue
-            sources = list(self._sources(name, parameter))
-            if not sources:
-                self.info["missing_keys"].add(name)
-                continue
-            values = torch.empty(parameter.shape, dtype=parameter.dtype)
-            for key, index in sources:
-                target, stored = values[index], self._stored[key]
-                if target.numel() != torch.Size(stored.shape).numel():
-                    self.info["mismatched_keys"].add(key)
-                else:
-                    self.wanted.append(Plain(key, stored, target))
-            owner, _, leaf = name.rpartition(".")
-            setattr(self._model.get_submodule(owner), leaf, nn.Parameter(values, requires_grad=False))
+            values = self._source.plain(name, parameter)
+            if values is not None:
+                owner, _, leaf = name.rpartition(".")
+                setattr(self._model.get_submodule(owner), leaf, nn.Parameter(values, requires_grad=False))
         self._model.tie_weights()
-
-    def _sources(self, name: str, parameter: Any) -> Iterator[tuple[str, Any]]:
-        """The stored tensors that make up a parameter, each with its place in it."""
-        if name in self._stored:
-            yield name, ...
-            return
-        experts, _, leaf = name.rpartition(".")
-        half = parameter.shape[1] // 2 if parameter.dim() == 3 else 0
-        places = {
-            "gate_up_proj": {"gate_proj": slice(None, half), "up_proj": slice(half, None)},
-            "down_proj": {"down_proj": slice(None)},
-        }
-        for projection, rows in places.get(leaf, {}).items() if half else ():
-            for expert in range(len(parameter)):
-                key = f"{experts}.{expert}.{projection}.weight"
-                if key in self._stored:
-                    yield key, (expert, rows)
 
     def finish(self, progress: Callable[[int], object]) -> None:
         """Bring everything to its device; experts for a GPU layer by layer, so that the host never holds them all."""
@@ -232,9 +220,9 @@ class _Loading:
         from pipeline.loading.packed_modules import QuantizedExperts
 
         on_host = {name for name, module in self._model.named_modules() if isinstance(module, QuantizedExperts)}
-        for name, (gate_up, down) in self._for_gpu.items():
-            weights = gate_up.new(), down.new()
-            read_tensors(self._expert_matrices(name, weights), progress)
+        for name, module in self._for_gpu.items():
+            weights = self._source.experts(name, module)
+            self._source.fill(progress)
             self._model.set_submodule(name, QuantizedExperts(*map(self._on_device, weights)))
         for name, weight in self._unpack.items():
             unpacked = dequantize(self._on_device(weight), self._model.dtype)

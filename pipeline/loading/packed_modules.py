@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor, nn
 
 from pipeline.kernels.packed import PackedWeight, experts, linear
 from pipeline.kernels.plain import PlainWeight, in_plain_blocks, plain_linear
-
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
+from pipeline.loading.expert_stream import ExpertStream
+from pipeline.loading.weight_files import WeightShape
+from pipeline.loading.weight_source import LayerWeights
 
 
 class QuantizedLinear(nn.Module):
@@ -77,29 +78,38 @@ class QuantizedExperts(nn.Module):
         self.register_buffer("down_codes", down.codes)
         self.register_buffer("down_scales", down.scales)
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    @contextmanager
+    def weights(self) -> Generator[LayerWeights]:
+        """The gate and up, and the down projections."""
         gate_up = PackedWeight(self.gate_up_codes, self.gate_up_scales, self.gate_up_bits)
-        down = PackedWeight(self.down_codes, self.down_scales, self.down_bits)
-        return _elsewhere(hidden_states, top_k_index, top_k_weights, gate_up, down, int8=self.int8)
+        yield gate_up, PackedWeight(self.down_codes, self.down_scales, self.down_bits)
 
+    def shapes(self) -> tuple[WeightShape, WeightShape]:
+        with self.weights() as weights:
+            gate_up, down = (WeightShape.of(one.codes.shape, one.scales.shape, one.bits) for one in weights)
+        return gate_up, down
 
-class ExpertSource(Protocol):
-    """Where experts that are not kept in memory come from."""
-
-    def layer(self, place: int) -> AbstractContextManager[tuple[PackedWeight, PackedWeight]]:
-        """The gate and up, and the down projections of a layer, valid within the block."""
-        ...
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        with self.weights() as (gate_up, down):
+            return _elsewhere(hidden_states, top_k_index, top_k_weights, gate_up, down, int8=self.int8)
 
 
 class StreamedExperts(nn.Module):
     """The same with weights that are read anew for every pass, all tokens of which pay for it together."""
 
-    def __init__(self, source: ExpertSource, place: int, *, int8: bool = False) -> None:
+    def __init__(self, stream: ExpertStream, place: int, *, int8: bool = False) -> None:
         super().__init__()
-        self._source, self._place, self._int8 = source, place, int8
+        self._stream, self._place, self._int8 = stream, place, int8
+
+    def weights(self) -> AbstractContextManager[LayerWeights]:
+        """The gate and up, and the down projections, valid within the block."""
+        return self._stream.layer(self._place)
+
+    def shapes(self) -> tuple[WeightShape, WeightShape]:
+        return self._stream.shape(self._place)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        with self._source.layer(self._place) as (gate_up, down):
+        with self.weights() as (gate_up, down):
             return _elsewhere(hidden_states, top_k_index, top_k_weights, gate_up, down, int8=self._int8)
 
 

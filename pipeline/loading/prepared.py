@@ -39,10 +39,12 @@ def prepared(
     *,
     num_bytes: int,
     progress: Progress,
+    digested: bool = True,
 ) -> Path:
     """`entry`, made by `write` unless it is there, whole and of that identity; then this takes milliseconds.
 
     `write` fills an empty directory with plain files, of about `num_bytes` in all, and raises to refuse what it made.
+    Not `digested`, the manifest has sizes alone: no second reading of tens of gigabytes.
     Raises OutputError where the entry cannot be made, MachineError where the disk is too small, WriteError where it
     fails, and what `write` raises.
     """
@@ -52,7 +54,7 @@ def prepared(
         make_directories(DISK, entry.parent)
     with _locked(entry.with_name(entry.name + ".lock"), progress):
         if not _is_whole(entry, identity):  # another process may have made it while this one waited
-            _make(entry, identity, write, num_bytes, progress)
+            _make(entry, identity, write, num_bytes, progress, digested)
     return entry
 
 
@@ -62,6 +64,7 @@ def _make(
     write: Callable[[Path, Progress], None],
     num_bytes: int,
     progress: Progress,
+    digested: bool,
 ) -> None:
     unfinished = entry.with_name(f"{entry.name}.unfinished-{os.getpid()}")
     try:
@@ -74,25 +77,26 @@ def _make(
         _check_room(entry, num_bytes)
         with _writing(entry):
             write(unfinished, progress)
-            _seal(unfinished, identity)
+            _seal(unfinished, identity, digested)
             DISK.rename(unfinished, entry)
             DISK.sync_directory(entry.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _seal(directory: Path, identity: Mapping[str, Any]) -> None:
+def _seal(directory: Path, identity: Mapping[str, Any], digested: bool) -> None:
     """Bring the files to the disk, then the manifest."""
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(directory.iterdir()):
         with path.open("rb") as file:
-            files[path.name] = {
-                "bytes": path.stat().st_size,
-                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-            }
+            files[path.name] = {"bytes": path.stat().st_size}
+            if digested:
+                files[path.name]["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
             DISK.sync(file.fileno())
-    digest = hashlib.sha256(json.dumps({name: file["sha256"] for name, file in files.items()}).encode()).hexdigest()
-    manifest = {**identity, "digest": digest, "files": files, "libraries": dict(_library_versions())}
+    manifest = {**identity, "files": files, "libraries": dict(_library_versions())}
+    if digested:
+        told = json.dumps({name: file["sha256"] for name, file in files.items()})
+        manifest["digest"] = hashlib.sha256(told.encode()).hexdigest()
     with (directory / MANIFEST).open("w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=2)
         file.write("\n")

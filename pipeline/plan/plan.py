@@ -11,6 +11,8 @@ from pipeline.facts.model_facts import ModelFacts
 from pipeline.machine import Machine
 from pipeline.plan.budget import MAX_SLOTS, Form, LoadStrategy, Placement, Workload, expert_layer_bytes
 from pipeline.plan.placement import PLACES, Budget, DType, Fit, Placer, show_bytes
+from pipeline.plan.repack_cache import RepackCache, choose_repack_cache
+from pipeline.plan.streaming import ASSUMED_BYTES_PER_S, STEP_TOKENS, STREAMED_STEP_TOKENS, Streaming
 from pipeline.spec.keys import JobSpec
 
 TYPICAL_PROMPT_TOKENS = 512  # assumed until the input is counted
@@ -47,7 +49,10 @@ class Plan:
     load_strategy: LoadStrategy  # what runs
     device: str  # where prompts enter: cpu, cuda:0
     num_expert_layers_on_gpu: int  # the other layers' routed experts are in host memory ...
-    num_streamed_layers: int  # ... but for those of so many layers, which are read from disk for every pass
+    num_streamed_layers: int  # ... but for those of so many layers, which are read from disk for every pass ...
+    streaming: Streaming | None  # ... and what that takes
+    step_tokens: int  # of prompts and answers that are computed together
+    repack_cache: RepackCache | None  # None: weights are read from the checkpoint every time
     dtype: DType
     weights: Form
     num_threads: int
@@ -102,6 +107,8 @@ def make_plan(
         raise MachineError(list(placer.shortage(fit)))
     placement = fit.placement
     _check_activation(spec, facts, placement)
+    streaming = _streaming(machine, facts, placement)
+    repack_cache, why_repack_cache = choose_repack_cache(spec.model.repack_cache, facts, placement)
     device = "cpu" if placement.device == "host" else f"cuda:{placer.gpu}"
     dtype, why_dtype = placer.dtype(strategy)
     plain_kernel = device == "cpu" and dtype == "float32"
@@ -115,7 +122,8 @@ def make_plan(
         _products(plain_kernel=plain_kernel),
         *_activation(spec),
         _weights(placer, fit),
-        *_experts(placer, placement),
+        *_experts(placer, placement, streaming),
+        *([Decision("repacked weights", *why_repack_cache)] if why_repack_cache else []),
         Decision("threads", str(num_threads), why_threads),
         Decision("slots", str(fit.slots), _why_slots(placer, fit)),
         Decision("cache tokens", str(fit.cache_tokens), _why_cache(placer, fit)),
@@ -132,6 +140,9 @@ def make_plan(
         device=device,
         num_expert_layers_on_gpu=placement.num_expert_layers_on_gpu,
         num_streamed_layers=placement.num_streamed_layers,
+        streaming=streaming,
+        step_tokens=STREAMED_STEP_TOKENS if streaming else STEP_TOKENS,
+        repack_cache=repack_cache,
         dtype=dtype,
         weights=placement.form,
         num_threads=num_threads,
@@ -172,6 +183,9 @@ def _echo_plan(spec: JobSpec, machine: Machine) -> Plan:
         device="cpu",
         num_expert_layers_on_gpu=0,
         num_streamed_layers=0,
+        streaming=None,
+        step_tokens=STEP_TOKENS,
+        repack_cache=None,
         dtype="float32",
         weights="stock",
         num_threads=1,
@@ -287,7 +301,15 @@ def _products(*, plain_kernel: bool) -> Decision:
     return Decision("plain layers", "native kernel", f"{reason}; torch where there is no compiler")
 
 
-def _experts(placer: Placer, placement: Placement) -> Iterator[Decision]:
+def _streaming(machine: Machine, facts: ModelFacts, placement: Placement) -> Streaming | None:
+    if not placement.num_streamed_layers:
+        return None
+    per_pass = placement.num_streamed_layers * expert_layer_bytes(facts, placement)
+    speed = machine.disk_read_bytes_per_s
+    return Streaming(per_pass, facts.disk_bytes - per_pass, speed or ASSUMED_BYTES_PER_S, speed is not None)
+
+
+def _experts(placer: Placer, placement: Placement, streaming: Streaming | None) -> Iterator[Decision]:
     """Where the routed experts lie, if not all with the rest."""
     on_gpu, streamed = placement.num_expert_layers_on_gpu, placement.num_streamed_layers
     num_layers = len(placer.facts.architecture.sparse_layers)
@@ -296,11 +318,12 @@ def _experts(placer: Placer, placement: Placement) -> Iterator[Decision]:
     places = {"on the GPU": on_gpu, "in host memory": num_layers - on_gpu - streamed, "on disk": streamed}
     value = ", ".join(f"{count} {place}" for place, count in places.items() if count)
     reason = "of all layers; only the hidden states of tokens cross" if placement.device == "gpu" else "of all layers"
-    if streamed:
-        size = show_bytes(streamed * expert_layer_bytes(placer.facts, placement))
+    if streaming is not None:
+        measured = "of this disk" if streaming.is_measured else "(assumed; no disk was measured)"
         reason += (
-            f"; memory is short, so every step of the batch reads {size} from the model's files: at 1 GB/s about "
-            f"{streamed * expert_layer_bytes(placer.facts, placement) / 1e9:.0f} s a token of each sequence"
+            f"; memory is short, so every step of the batch reads {show_bytes(streaming.bytes_per_pass)} from the "
+            f"model's files: at the {streaming.bytes_per_s / 1e9:.2f} GB/s {measured} about {streaming.pass_s:.0f} s a "
+            "token of each sequence"
         )
     yield Decision("experts", value, reason)
 

@@ -60,7 +60,7 @@ class Chat:
             apply_environment(self._plan)
             self._encoders: dict[ThinkingMode, Encoder] = {self.thinking: choice.encoder()}
             say_decisions(self._plan, say, _TOLD_DECISIONS)
-            self._engine, self.load_s = choice.open(say)
+            self._engine, self.load_s = choice.open(say, False)
 
     @property
     def remembers(self) -> bool:

@@ -148,7 +148,7 @@ def _load(spec: JobSpec, limit: int | None, stock: bool) -> tuple[Engine, list[R
         from pipeline.engines.stock import check_greedy
 
         check_greedy(requests)
-    engine, load_s = choice.open(say_to_stderr)
+    engine, load_s = choice.open(say_to_stderr, False)
     introduction = Introduction(
         engine="stock" if stock else plan.engine,
         load_strategy=plan.load_strategy,

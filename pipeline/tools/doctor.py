@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline import bandwidth
 from pipeline.errors import EXIT_OK, MachineError
 from pipeline.job import say_to_stderr
 from pipeline.ledger.directory_check import check_directory
@@ -15,7 +16,6 @@ from pipeline.probe import probe_machine
 from pipeline.records import Finding
 from pipeline.spec.job_file import load_spec
 from pipeline.spec.keys import ModelSpec
-from pipeline.tools import bandwidth
 from pipeline.tools.machine_checks import CHECKS
 from pipeline.tools.model_checks import check_model
 
@@ -127,4 +127,6 @@ def recommend(machine: Machine) -> Finding:
         f"models of up to about {0.8 * memory / 1e9:.0f} GB run from memory; {_FLAGSHIP} needs {lacking / 1e9:.0f} GB "
         "more, or reads experts from disk in every step, which is slow and finishes"
     )
-    return Finding("load strategy", "good", f"{strategy}; smaller than every machine of docs/flagship.md", advice)
+    return Finding(
+        "load strategy", "good", f"{strategy}; smaller than the machines of docs/flagship.md that hold it", advice
+    )

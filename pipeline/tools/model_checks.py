@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline import bandwidth
 from pipeline.facts.checkpoint import open_checkpoint
 from pipeline.facts.model_facts import facts_of
 from pipeline.ledger.directory_check import mounted_at
 from pipeline.records import Finding
-from pipeline.tools import bandwidth
 
 if TYPE_CHECKING:
     from pipeline.facts.model_facts import ModelFacts

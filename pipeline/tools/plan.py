@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.forecast.census import Census, take_census
-from pipeline.forecast.forecast import Estimate, Forecast, make_forecast, show_duration
+from pipeline.forecast.forecast import Estimate, Forecast, show_duration
 from pipeline.forecast.speeds import SpeedBook
+from pipeline.forecast.streaming import forecast_plan
 from pipeline.job import library_versions, locate_config, prepare, say_to_stderr
-from pipeline.plan.plan import Plan, PromptStats
+from pipeline.plan.plan import Plan
 from pipeline.source.inputs import expand_inputs
 from pipeline.source.line_parser import LineParser
 from pipeline.source.lines import digest_inputs
@@ -80,7 +81,7 @@ class PlanReport:
         }
 
     def _input_json(self, census: Census) -> dict[str, Any]:
-        stats = _stats(census)
+        stats = census.prompt_stats
         return {
             "stats": None if stats is None else asdict(stats),
             **census.to_json(),
@@ -119,12 +120,12 @@ def plan_job(
     context_length = _ECHO_CONTEXT if facts is None else facts.architecture.context_length
     num_lines = num_lines if limit is None else min(limit, num_lines)
     census = take_census(spec, files, num_lines, encoder.encode, most=sample, context_length=context_length)
-    if (stats := _stats(census)) is not None:
+    if (stats := census.prompt_stats) is not None:
         plan, _ = prepare(spec, facts, machine=machine, stats=stats)
     book = SpeedBook(plan.speed_key, library_versions(plan.engine))
     if measure and machine is None and census.num_encoded:
         book.write(measure_speed(spec, plan, census, say_to_stderr))
-    forecast = make_forecast(census.work(spec, plan.slots), book.read())
+    forecast = forecast_plan(census.work(spec, plan.slots), plan, book.read())
     first = None if census.first_prompt is None else encoder.render(census.first_prompt)
     return PlanReport(
         plan, census, first if isinstance(first, str) else None, forecast, machine is None, price_per_hour
@@ -134,12 +135,6 @@ def plan_job(
 def has_tokenizer(directory: Path) -> bool:
     """Whether a model's directory holds a tokenizer; a hub model that was only looked at does not."""
     return any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
-
-
-def _stats(census: Census) -> PromptStats | None:
-    if not census.num_encoded:
-        return None
-    return PromptStats(census.num_prompts, census.num_tokens / census.num_encoded, census.longest)
 
 
 def _input_lines(census: Census) -> Iterator[str]:

@@ -1,0 +1,30 @@
+"""What it means that experts are read from disk for every pass of a model: bytes, seconds, and how wide a step is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+STEP_TOKENS = 512  # of prompts and answers in one step; above some hundreds a CPU's matrix products gain nothing more
+STREAMED_STEP_TOKENS = 2048  # where a step costs a reading of the disk: prompts are taken in with as few as memory lets
+ASSUMED_BYTES_PER_S = 1_000_000_000  # of a disk that was not measured
+CHECK_PASSES = 5  # of the model that the engine's check of itself takes before the first answer
+
+
+@dataclass(frozen=True, slots=True)
+class Streaming:
+    """Experts of some layers, read anew by every pass, each layer ahead of need."""
+
+    bytes_per_pass: int
+    bytes_once: int  # of the files: all that is read only when the model is loaded
+    bytes_per_s: int
+    is_measured: bool  # that speed, and not assumed
+
+    @property
+    def pass_s(self) -> float:
+        """Seconds of reading for one pass, and so for one token of each sequence."""
+        return self.bytes_per_pass / self.bytes_per_s
+
+    @property
+    def load_s(self) -> float:
+        """Seconds of reading until the first answer may begin."""
+        return self.bytes_once / self.bytes_per_s + CHECK_PASSES * self.pass_s
