@@ -20,7 +20,8 @@ from pipeline.prompting.control_tokens import ControlTokens
 from pipeline.prompting.encoder import load_tokenizer
 from pipeline.records import Completion, Message, Request, Unfinished, Usage
 from pipeline.tools.chat import Chat
-from pipeline.tools.chat_terminal import Dialogue, Screen
+from pipeline.tools.chat_screen import Screen
+from pipeline.tools.chat_terminal import Dialogue
 from tests.command import COMMAND, REPOSITORY, overnight, read_output, wait_until, write_job
 
 UP = "\x1b[A"
