@@ -17,26 +17,27 @@ _ROOT = Path("/sys/fs/cgroup")
 class MemoryGroup:
     """An empty control group; what enters it, and what that starts, shares `limit_bytes`."""
 
-    def __init__(self, group: Path, *, version: int) -> None:
-        self._group = group
+    def __init__(self, path: Path, *, version: int) -> None:
+        self.path = path
         self._version = version
-        group.mkdir()
+        path.mkdir()
 
     def limit(self, limit_bytes: int) -> None:
         """Raises OSError where the kernel does not let us."""
         names = ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes") if self._version == 1 else ("memory.max",)
         for name in names:
             with suppress(FileNotFoundError):  # swap is not accounted for everywhere
-                (self._group / name).write_text(str(limit_bytes))
+                (self.path / name).write_text(str(limit_bytes))
         if self._version == 2:
-            (self._group / "memory.swap.max").write_text("0")
-
-    def enter(self) -> None:
-        """This process. What it has already is not counted."""
-        (self._group / "cgroup.procs").write_text(str(os.getpid()))
+            (self.path / "memory.swap.max").write_text("0")
 
     def remove(self) -> None:
-        self._group.rmdir()
+        self.path.rmdir()
+
+
+def enter(group: Path) -> None:
+    """Move this process there. What it has already is not counted."""
+    (group / "cgroup.procs").write_text(str(os.getpid()))
 
 
 def _made() -> MemoryGroup:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -16,7 +18,6 @@ import pytest
 import torch
 
 import pipeline.job
-import pipeline.probe
 import pipeline.watch as watch_module
 from pipeline import read_results
 from pipeline.engines.echo import EchoEngine
@@ -30,8 +31,9 @@ from pipeline.records import Completion, Prompt, Request, Settings
 from pipeline.runner import Runner
 from pipeline.stop import Stop
 from pipeline.summary import summarize
+from tests.command import REPOSITORY
 from tests.faults.compare import problem_with
-from tests.faults.memory_group import MIB, MemoryGroup, memory_group
+from tests.faults.memory_group import MIB, MemoryGroup, enter, memory_group
 from tests.faults.processes import Preparation, make_job, run_to_end
 from tests.faults.small_run import identity
 from tests.faults.trials import Trials, chances
@@ -251,7 +253,7 @@ def shrinking(directory: Path, group: MemoryGroup, chance: random.Random, *prepa
     group.limit(LIMIT)
     job = make_job(directory)
     eat = partial(grow_with_each_answer, chance.randint(3, 8) * MIB)
-    run = run_to_end(job, prepare=[group.enter, eat, *prepare])
+    run = run_to_end(job, prepare=[partial(enter, group.path), eat, *prepare])
     if run.process.exitcode != 75 or "MiB of memory are left" not in run.talk:
         return f"badly ended: exit code {run.process.exitcode}: {run.talk}"
     history, _ = replay(job.with_name("out.jsonl.journal"))
@@ -272,22 +274,22 @@ def test_a_run_stops_by_itself_before_the_killer_comes(tmp_path: Path, trials: T
         assert trials.is_caught(17, "no look at memory", found, "badly ended: exit code -9")
 
 
-def test_the_plan_sees_the_limit_of_its_group(tmp_path: Path) -> None:
-    from multiprocessing import get_context
+PROBE = """
+import sys
+from pathlib import Path
+from tests.faults.memory_group import enter
+enter(Path(sys.argv[1]))
+from pipeline.probe import probe_machine
+machine = probe_machine()
+print(machine.cgroup.memory_limit_bytes, machine.usable_memory_bytes)
+"""
 
+
+def test_the_plan_sees_the_limit_of_its_group() -> None:
     with memory_group() as group:
         group.limit(512 * MIB)
-        context = get_context("fork")
-        queue = context.SimpleQueue()
-        process = context.Process(target=_tell_limit, args=(group, queue))
-        process.start()
-        process.join()
-        limit, usable = queue.get()
+        command = [sys.executable, "-c", PROBE, group.path]
+        probed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    limit, usable = map(int, probed.stdout.split())
     assert limit == 512 * MIB
     assert usable <= limit
-
-
-def _tell_limit(group: MemoryGroup, queue: Any) -> None:
-    group.enter()
-    machine = pipeline.probe.probe_machine()
-    queue.put((machine.cgroup and machine.cgroup.memory_limit_bytes, machine.usable_memory_bytes))

@@ -20,7 +20,7 @@ from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.witness import Witness
 from tests.command import write_job
 from tests.faults.compare import answers_of
-from tests.faults.memory_group import MIB, MemoryGroup, memory_group
+from tests.faults.memory_group import MIB, enter, memory_group
 from tests.faults.processes import PROMPTS, Preparation, done_again, run_to_end
 from tests.faults.trials import Trials, chances
 
@@ -135,7 +135,7 @@ def limited(request: pytest.FixtureRequest) -> Iterator[list[Preparation]]:
     with memory_group() if is_needed else nullcontext() as group:
         if group is not None:
             group.limit(64 * MIB)
-        yield [] if group is None else [partial(MemoryGroup.enter, group)]
+        yield [] if group is None else [partial(enter, group.path)]
 
 
 @pytest.mark.parametrize(
