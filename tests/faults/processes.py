@@ -33,7 +33,7 @@ _context.set_forkserver_preload(["tests.faults.rehearsal"])
 
 Preparation = Callable[[], None]  # importable, or a partial of what is
 
-TIMEOUT_S = 120
+TIMEOUT_S = 300  # far beyond any run, also beside ten other processes
 _COMMIT_S = 0.01  # many groups in a run of milliseconds
 PROMPTS = [{"id": f"p{i}", "prompt": " ".join(f"w{n}" for n in range((i * 7) % 23 + 1))} for i in range(36)]
 BAD_LINES = [b"{not json", b'{"text": 1}']

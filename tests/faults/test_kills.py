@@ -57,7 +57,7 @@ def traced(job: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = ["strace", "-f", "-qq", "-o", str(job.with_name("trace")), *paths, "-P", str(job.parent), *options]
     env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(
-        [*command, *COMMAND, "run", str(job)], env=env, capture_output=True, text=True, timeout=120, check=False
+        [*command, *COMMAND, "run", str(job)], env=env, capture_output=True, text=True, timeout=300, check=False
     )
 
 
