@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from pipeline.errors import EXIT_OK, EXIT_SOME_FAILED, DataError, OvernightError, Problem, UsageError
+from pipeline.source.shard import Shard
 
 app = typer.Typer(
     name="overnight",
@@ -36,6 +37,10 @@ TimeLimit = Annotated[
     str | None, typer.Option(metavar="DURATION", help="Stop in good order after this time, e.g. 3h; exit code 75.")
 ]
 Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N items, for a trial.")]
+ShardOf = Annotated[
+    Shard | None,
+    typer.Option("--shard", metavar="I/N", parser=Shard.parse, help="Only the I-th of N parts of the input, from 1."),
+]
 
 
 @app.command(epilog="Example: overnight run jobs/quickstart.yaml")
@@ -43,6 +48,7 @@ def run(
     job: JobFile,
     overrides: Overrides = None,
     limit: Limit = None,
+    shard: ShardOf = None,
     time_limit: TimeLimit = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Move an earlier run's files aside and start anew.")] = False,
     supervised: Annotated[
@@ -53,8 +59,8 @@ def run(
 ) -> None:
     """Answer every prompt of the job's input; run again to resume."""
     if supervised:
-        _supervise(job, overrides, time_limit, limit=limit, fresh=fresh, quiet=quiet, as_json=as_json)
-    _run(job, overrides, time_limit, limit=limit, fresh=fresh, quiet=quiet, as_json=as_json)
+        _supervise(job, overrides, time_limit, limit=limit, shard=shard, fresh=fresh, quiet=quiet, as_json=as_json)
+    _run(job, overrides, time_limit, limit=limit, shard=shard, fresh=fresh, quiet=quiet, as_json=as_json)
 
 
 @app.command(epilog="Example: overnight retry jobs/quickstart.yaml")
@@ -62,12 +68,13 @@ def retry(
     job: JobFile,
     overrides: Overrides = None,
     limit: Limit = None,
+    shard: ShardOf = None,
     time_limit: TimeLimit = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer again the lines of a finished run whose answer is an error, and publish all anew."""
-    _run(job, overrides, time_limit, limit=limit, retry=True, quiet=quiet, as_json=as_json)
+    _run(job, overrides, time_limit, limit=limit, shard=shard, retry=True, quiet=quiet, as_json=as_json)
 
 
 @app.command(epilog="Example: overnight validate jobs/quickstart.yaml")
@@ -92,6 +99,7 @@ def plan(
     job: JobFile,
     overrides: Overrides = None,
     limit: Limit = None,
+    shard: ShardOf = None,
     machine: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Plan for the machine that this file describes.")
     ] = None,
@@ -113,6 +121,7 @@ def plan(
     report = plan_job(
         load_spec(job, overrides=overrides or ()),
         limit=limit,
+        shard=shard,
         machine_file=machine,
         measure=measure,
         price_per_hour=price_per_hour,
@@ -128,6 +137,7 @@ def plan(
 def status(
     job: JobFile,
     overrides: Overrides = None,
+    shard: ShardOf = None,
     watch: Annotated[
         bool, typer.Option("--watch", "-w", help="Go on until the run ends; with --json one object a line.")
     ] = False,
@@ -139,7 +149,7 @@ def status(
 
     spec = load_spec(job, overrides=overrides or ())
     if not watch:
-        report = job_status(spec)
+        report = job_status(spec, shard)
         if as_json:
             _print_json(report.to_json())
         else:
@@ -147,7 +157,7 @@ def status(
         return
     shown = 0  # lines on the terminal that the next state takes the place of
     with suppress(KeyboardInterrupt):
-        for report in watch_job(spec):
+        for report in watch_job(spec, shard):
             text = json.dumps(report.to_json(), ensure_ascii=False) if as_json else str(report)
             back = f"\x1b[{shown}F\x1b[J" if shown and not as_json and sys.stdout.isatty() else ""
             sys.stdout.write(f"{back}{text}\n")
@@ -175,14 +185,35 @@ def report(
     sys.stdout.write(f"{path}\n")
 
 
+@app.command(epilog="Example: overnight merge jobs/quickstart.yaml")
+def merge(
+    job: JobFile,
+    overrides: Overrides = None,
+    num_shards: Annotated[
+        int | None, typer.Option("--shards", min=1, metavar="N", help="How many there are; else found from the files.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Move an earlier output aside and merge anew.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Join the finished shards of a job into one output, as an undivided run would have written it."""
+    from pipeline.spec.job_file import load_spec
+    from pipeline.tools.merge import merge_job
+
+    outcome = merge_job(load_spec(job, overrides=overrides or ()), num_shards=num_shards, fresh=fresh, quiet=quiet)
+    if as_json:
+        _print_json(outcome.summary)
+    raise typer.Exit(outcome.exit_code)
+
+
 @app.command(epilog="Example: overnight verify jobs/quickstart.yaml --json")
-def verify(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def verify(job: JobFile, overrides: Overrides = None, shard: ShardOf = None, as_json: AsJson = False) -> None:
     """Check a run's files, its output and its input: nothing lost, doubled or altered; exit code 65 if not."""
     from pipeline.spec.job_file import load_spec
     from pipeline.tools.verify import verify_job
 
     tell, found = _teller(as_json=as_json)
-    verification = verify_job(load_spec(job, overrides=overrides or ()), tell)
+    verification = verify_job(load_spec(job, overrides=overrides or ()), tell, shard=shard)
     if as_json:
         _print_json({**verification.to_json(), "problems": found})
     else:
@@ -344,6 +375,7 @@ def _supervise(
     time_limit: str | None,
     *,
     limit: int | None,
+    shard: Shard | None,
     fresh: bool,
     quiet: bool,
     as_json: bool,
@@ -353,11 +385,12 @@ def _supervise(
 
     words = [str(job), *(word for override in overrides or () for word in ("--set", override))]
     words += ["--limit", str(limit)] if limit is not None else []
+    words += ["--shard", str(shard)] if shard is not None else []
     words += [word for word, given in (("--quiet", quiet), ("--json", as_json)) if given]
     if time_limit is not None:
         overrides = [*(overrides or ()), f"run.time_limit={time_limit}"]
     spec = load_spec(job, overrides=overrides or ())
-    raise typer.Exit(supervise(spec, words, None if quiet else _say, fresh=fresh))
+    raise typer.Exit(supervise(spec, words, None if quiet else _say, shard=shard, fresh=fresh))
 
 
 def _teller(*, as_json: bool) -> tuple[Callable[[Problem], None], list[dict[str, Any]]]:

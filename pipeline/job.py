@@ -17,9 +17,9 @@ from pipeline.forecast.census import FIRST_LINES, take_sample
 from pipeline.forecast.forecast import Forecast
 from pipeline.forecast.session import Expectation
 from pipeline.ledger.files import Patience, RunPaths
-from pipeline.ledger.identity import Identity
-from pipeline.ledger.ledger import Ledger
-from pipeline.ledger.recovery import find_finished
+from pipeline.ledger.identity import LIMIT, SHARD, Identity
+from pipeline.ledger.ledger import Ledger, Summarize
+from pipeline.ledger.recovery import Resume, find_finished
 from pipeline.ledger.upload import Upload
 from pipeline.ledger.witness import Witness
 from pipeline.output import choose_form, kept_fields
@@ -32,6 +32,7 @@ from pipeline.runner import Runner
 from pipeline.source.inputs import InputFile, expand_inputs
 from pipeline.source.line_parser import LineParser
 from pipeline.source.lines import InputDigest, digest_inputs, read_lines
+from pipeline.source.shard import Shard, run_output
 from pipeline.spec.fingerprint import fingerprint, fingerprint_fields
 from pipeline.spec.keys import JobSpec
 from pipeline.stop import Stop
@@ -70,6 +71,7 @@ def run_job(
     spec: JobSpec,
     *,
     limit: int | None = None,
+    shard: Shard | None = None,
     fresh: bool = False,
     retry: bool = False,
     quiet: bool = False,
@@ -77,45 +79,63 @@ def run_job(
 ) -> Outcome:
     """Answer every prompt of the job's input that has no answer yet, and publish when all have one.
 
-    `limit` runs only the first items; `fresh` moves the files of an earlier run aside; `retry` takes up a finished
-    run for the lines that are answered with an error. Raises an OvernightError for whatever keeps the run from starting
-    or going on; what was acknowledged stays, and the same call resumes. Signals and `stop` end the run in good order.
+    `limit` runs only the first items, `shard` a part of them with an output of its own; `fresh` moves the files of an
+    earlier run aside; `retry` takes up a finished run for the lines that are answered with an error. Raises an
+    OvernightError for whatever keeps the run from starting or going on; what was acknowledged stays, and the same call
+    resumes. Signals and `stop` end the run in good order.
     """
     say = _silence if quiet else say_to_stderr
     stop = stop or Stop()
     stop.limit(spec.run.time_limit)
     with stop.signals():
-        outcome = _run(spec, limit, stop, say, fresh=fresh, retry=retry, quiet=quiet)
-        if outcome.summary is not None and is_remote(spec.output.path):
-            with stop.interrupting("copying the output"):
-                if _upload(spec).finish():
-                    say(f"copied to {spec.output.path}")
+        outcome = _run(spec, limit, shard, stop, say, fresh=fresh, retry=retry, quiet=quiet)
+        if outcome.summary is not None and shard is None:
+            copy_output(spec, stop, say)
     return outcome
 
 
-def _upload(spec: JobSpec) -> Upload:
-    return Upload(spec.output.file, spec.output.path, choose_form(spec).companions)
+def copy_output(spec: JobSpec, stop: Stop, say: Say) -> None:
+    """Where the job's output belongs elsewhere, copy what is published there unless it is there. Raises WriteError."""
+    if is_remote(spec.output.path):
+        with stop.interrupting("copying the output"):
+            if upload_of(spec).finish():
+                say(f"copied to {spec.output.path}")
 
 
-def _run(spec: JobSpec, limit: int | None, stop: Stop, say: Say, *, fresh: bool, retry: bool, quiet: bool) -> Outcome:
+def upload_of(spec: JobSpec) -> Upload:
+    """What copies the published output of a job to the remote place that it names."""
+    return Upload(spec.output.file, spec.output.path, choose_form(spec, spec.output.file).companions)
+
+
+def _run(
+    spec: JobSpec,
+    limit: int | None,
+    shard: Shard | None,
+    stop: Stop,
+    say: Say,
+    *,
+    fresh: bool,
+    retry: bool,
+    quiet: bool,
+) -> Outcome:
     """As far as the output published on this machine."""
     from pipeline.loading import apply_environment
 
     with stop.interrupting("looking for the input"):
         files = tuple(expand_inputs(spec.input.path))
     parser = LineParser(spec)
-    output = spec.output.file
-    form = choose_form(spec)
-    identity = job_identity(spec, files, limit)
-    resume = "if-unchanged" if retry and spec.run.resume == "never" else spec.run.resume
+    output = run_output(spec.output.file, shard)
+    form = choose_form(spec, output)
+    identity = job_identity(spec, files, limit, shard)
+    resume = _resume(spec, shard, retry=retry)
     with stop.interrupting("reading the input"):
         summary = None if fresh else find_finished(output, identity, resume=resume)
     if summary is not None and not (retry and summary["failed"]):
         say(f"{output} is finished already; {'there is nothing to retry' if retry else 'nothing was done'}")
-        return _finished(output, summary)
+        return finished(output, summary)
     with stop.interrupting("preparing"):
-        if is_remote(spec.output.path):
-            _upload(spec).refuse_stranger()
+        if shard is None and is_remote(spec.output.path):
+            upload_of(spec).refuse_stranger()
         facts, model = locate_model(spec, say, quiet=quiet)
         plan, choice = prepare(spec, facts, files=files)
         apply_environment(plan)
@@ -139,7 +159,7 @@ def _run(spec: JobSpec, limit: int | None, stop: Stop, say: Say, *, fresh: bool,
         before = replace(ledger.tally)  # the counts; they go on growing in place
         if not ledger.is_complete:
             num_done = before.completed + before.failed
-            forecast = expectation.forecast(ledger.num_answers, num_done, files, encoder.encode)
+            forecast = expectation.forecast(ledger.items, num_done, files, encoder.encode)
             _say_beginning(ledger, plan, forecast, output, say)
             runner = Runner(
                 encode=encoder.encode,
@@ -167,15 +187,11 @@ def _run(spec: JobSpec, limit: int | None, stop: Stop, say: Say, *, fresh: bool,
             expectation.learn(before, ledger.tally, ledger.sessions[-1])
             say(f"stopped ({stop.reason}); run the same command again to resume")
             return Outcome(StoppedError.exit_code, output, None)
-        told = _summary_facts(spec, plan, ledger.input_sha256)
-
-        def conclude(tally: Tally, sessions: Sequence[Session], output_sha256: str) -> Mapping[str, Json]:
-            return summarize(tally, sessions, {**told, "output_sha256": output_sha256})
-
-        summary = ledger.publish(conclude, summary_line=spec.output.summary_line, form=form)
+        told = summary_facts(spec, ledger.input_sha256, _plan_facts(plan))
+        summary = ledger.publish(concluding(told), summary_line=spec.output.summary_line, form=form)
         expectation.learn(before, ledger.tally, ledger.sessions[-1])
-    _say_end(output, summary, say)
-    return _finished(output, summary)
+    tell_end(output, summary, say)
+    return finished(output, summary)
 
 
 def locate_model(spec: JobSpec, say: Say, *, quiet: bool) -> tuple[ModelFacts | None, str | None]:
@@ -232,7 +248,7 @@ def prepare(
         plan = make_plan(spec, here, facts, stats)
     choice = choose_engine(spec, plan, facts)
     if files and stats is None and facts is not None and plan.slots < MAX_SLOTS:
-        sample = take_sample(spec, files, FIRST_LINES, choice.encoder().encode, most=FIRST_LINES)
+        sample = take_sample(spec, files, range(FIRST_LINES), choice.encoder().encode, most=FIRST_LINES)
         plan = make_plan(spec, here, facts, sample.prompt_stats)
         choice = choose_engine(spec, plan, facts)
     return plan, choice
@@ -250,14 +266,25 @@ def _load(choice: EngineChoice, ledger: Ledger, conditions: Mapping[str, Json], 
     return engine
 
 
-def job_identity(spec: JobSpec, files: tuple[InputFile, ...], limit: int | None) -> Identity:
+def _resume(spec: JobSpec, shard: Shard | None, *, retry: bool) -> Resume:
+    """What `run.resume` means here: a retry is of an earlier run, and which items a shard has changes with the input's
+    length."""
+    unfit = (retry and spec.run.resume == "never") or (shard is not None and spec.run.resume == "always")
+    return "if-unchanged" if unfit else spec.run.resume
+
+
+def job_identity(
+    spec: JobSpec, files: tuple[InputFile, ...], limit: int | None, shard: Shard | None = None
+) -> Identity:
     """What the job and its input are now, its model apart; reads no input yet. NotFoundError for a template file."""
 
     def measure(prefix_bytes: int | None) -> InputDigest:
         digest = digest_inputs(files, prefix_bytes=prefix_bytes, max_bytes=spec.input.max_bytes)
         return digest if limit is None else replace(digest, num_items=min(limit, digest.num_items))
 
-    fields = {**fingerprint_fields(spec), "--limit": limit}
+    fields = {**fingerprint_fields(spec), LIMIT: limit}
+    if shard is not None:
+        fields[SHARD] = str(shard)
     return Identity(fields, spec.generation.num_samples, files, measure)
 
 
@@ -273,15 +300,33 @@ def _prompts(
     return map(parser.parse, lines)
 
 
-def _summary_facts(spec: JobSpec, plan: Plan, input_sha256: str) -> dict[str, Json]:
+def _plan_facts(plan: Plan) -> dict[str, Json]:
     return {
-        "job": spec.name,
         "engine": plan.engine,
         "load_strategy": plan.load_strategy,
-        "spec_fingerprint": fingerprint(spec),
-        "input_sha256": input_sha256,
         "versions": library_versions(plan.engine),
     }
+
+
+def summary_facts(spec: JobSpec, input_sha256: str, done_with: Mapping[str, Json]) -> dict[str, Json]:
+    """What the summary says beside the figures; `done_with` is what computed them."""
+    return {
+        "job": spec.name,
+        "engine": done_with["engine"],
+        "load_strategy": done_with["load_strategy"],
+        "spec_fingerprint": fingerprint(spec),
+        "input_sha256": input_sha256,
+        "versions": done_with["versions"],
+    }
+
+
+def concluding(told: Mapping[str, Json]) -> Summarize:
+    """Makes the summary of a run of which `told` is what is not counted."""
+
+    def conclude(tally: Tally, sessions: Sequence[Session], output_sha256: str) -> Mapping[str, Json]:
+        return summarize(tally, sessions, {**told, "output_sha256": output_sha256})
+
+    return conclude
 
 
 def library_versions(engine: str) -> dict[str, str]:
@@ -294,7 +339,8 @@ def library_versions(engine: str) -> dict[str, str]:
     return ours | {name: version(name) for name in libraries}
 
 
-def _finished(output: Path, summary: Mapping[str, Json]) -> Outcome:
+def finished(output: Path, summary: Mapping[str, Json]) -> Outcome:
+    """How a run ended whose output has this summary."""
     return Outcome(EXIT_SOME_FAILED if summary["failed"] else EXIT_OK, output, summary)
 
 
@@ -314,7 +360,8 @@ def say_decisions(plan: Plan, say: Say, names: Sequence[str]) -> None:
             say(f"{decision.name}: {decision.value} ({decision.reason})")
 
 
-def _say_end(output: Path, summary: Mapping[str, Any], say: Say) -> None:
+def tell_end(output: Path, summary: Mapping[str, Any], say: Say) -> None:
+    """What a user wants to know at the end."""
     failed = f", {summary['failed']} failed" if summary["failed"] else ""
     say(
         f"{summary['completed']} answers{failed} in {summary['duration']:.1f} s of generation "

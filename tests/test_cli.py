@@ -119,7 +119,9 @@ def test_standard_output_is_data(tmp_path: Path) -> None:
     assert json.loads(overnight("schema").stdout)["type"] == "object"
 
 
-@pytest.mark.parametrize("command", ["run", "validate", "plan", "status", "verify", "retry", "doctor", "schema"])
+@pytest.mark.parametrize(
+    "command", ["run", "validate", "plan", "status", "verify", "retry", "merge", "doctor", "schema"]
+)
 def test_every_command_explains_itself_with_an_example(command: str) -> None:
     run = overnight(command, "--help")
     assert run.returncode == 0

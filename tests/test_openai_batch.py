@@ -313,7 +313,9 @@ def test_a_choice_that_failed_is_told_beside_the_others(tmp_path: Path) -> None:
         "offset": 0,
         "attempts": 1,
     }
-    (line,) = choose_form(job).encode([good, json.dumps(bad).encode() + b"\n"], lambda _: b"", summary_line=False)
+    (line,) = choose_form(job, Path(job.output.path)).encode(
+        [good, json.dumps(bad).encode() + b"\n"], lambda _: b"", summary_line=False
+    )
     answer = json.loads(line)
     assert [choice["index"] for choice in answer["response"]["body"]["choices"]] == [0]
     assert answer["error"]["code"] == "out_of_memory" and "1 of 2 choices are missing" in answer["error"]["message"]

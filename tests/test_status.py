@@ -79,7 +79,7 @@ def test_watching_goes_on_until_nobody_works_on_the_run(tmp_path):
         if len(pauses) == 2:
             ledger.close("stopped")
 
-    for status in watch_job(load_job(job), sleep):
+    for status in watch_job(load_job(job), sleep=sleep):
         seen.append(status.run.state)
     assert seen == ["running", "running", "stopped"] and min(pauses) >= 2
 

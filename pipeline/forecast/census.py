@@ -133,34 +133,35 @@ class Census:
 
 
 class _Spread:
-    """So many of the lines, evenly spread over them."""
+    """So many of the items, evenly spread over them."""
 
-    def __init__(self, num_lines: int, most: int) -> None:
-        self.size = min(num_lines, most)
-        self._num_lines = num_lines
+    def __init__(self, items: range, most: int) -> None:
+        self.size = min(len(items), most)
+        self._items = items
 
     def next(self, index: int) -> int | None:
-        """The first chosen line from `index` on: number k of n is line k * num_lines / n."""
+        """The first chosen item from `index` on: number k of n is item k * len(items) / n."""
         if not self.size:
             return None
-        number = -(-index * self.size // self._num_lines)  # rounded up
-        return number * self._num_lines // self.size if number < self.size else None
+        place = max(0, index - self._items.start)
+        number = -(-place * self.size // len(self._items))  # rounded up
+        return self._items[number * len(self._items) // self.size] if number < self.size else None
 
 
 def take_census(
-    spec: JobSpec, files: Sequence[InputFile], num_lines: int, encode: Encode, *, most: int, context_length: int
+    spec: JobSpec, files: Sequence[InputFile], items: range, encode: Encode, *, most: int, context_length: int
 ) -> Census:
-    """Parse every line, and encode `most` of them, evenly spread; all where there are no more.
+    """Parse the lines of these items, and encode `most` of them, evenly spread; all where there are no more.
 
     What is wrong with a line is found in every line, and so is a length beyond the context (`context_length`, tokens);
     refusals that only encoding finds (control tokens, say) are those of the lines encoded. Raises as reading the input
     does.
     """
     parser = LineParser(spec)
-    spread = _Spread(num_lines, most)
-    census = Census(num_lines, num_lines, spread.size)
+    spread = _Spread(items, most)
+    census = Census(len(items), len(items), spread.size)
     chosen = spread.next(0)
-    for line in read_lines(files, max_line_bytes=spec.input.max_line, stop=num_lines):
+    for line in read_lines(files, max_line_bytes=spec.input.max_line, start=items.start, stop=items.stop):
         is_chosen = line.index == chosen
         if is_chosen:
             chosen = spread.next(line.index + 1)
@@ -176,12 +177,12 @@ def take_census(
     return census
 
 
-def take_sample(spec: JobSpec, files: Sequence[InputFile], num_lines: int, encode: Encode, *, most: int) -> Census:
-    """Encode `most` of the lines, evenly spread, and pass over the others unread: enough for an estimate."""
+def take_sample(spec: JobSpec, files: Sequence[InputFile], items: range, encode: Encode, *, most: int) -> Census:
+    """Encode `most` of these items, evenly spread, and pass over the others unread: enough for an estimate."""
     parser = LineParser(spec)
-    spread = _Spread(num_lines, most)
-    census = Census(num_lines, spread.size, spread.size)
-    lines = read_lines(files, max_line_bytes=spec.input.max_line, stop=num_lines, next_wanted=spread.next)
+    spread = _Spread(items, most)
+    census = Census(len(items), spread.size, spread.size)
+    lines = read_lines(files, max_line_bytes=spec.input.max_line, stop=items.stop, next_wanted=spread.next)
     for prompt in map(parser.parse, lines):
         request = encode(prompt) if isinstance(prompt, Prompt) else prompt
         if isinstance(prompt, Prompt) and isinstance(request, Request):

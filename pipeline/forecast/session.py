@@ -34,16 +34,17 @@ class Expectation:
         self._versions = versions
         self._book = SpeedBook(plan.speed_key, versions)
 
-    def forecast(self, num_answers: int, num_done: int, files: Sequence[InputFile], encode: Encode) -> Forecast | None:
-        """The time for what is left of so many answers, from a few lines of the input; None where no speed is known."""
+    def forecast(self, items: range, num_done: int, files: Sequence[InputFile], encode: Encode) -> Forecast | None:
+        """The time for what is left of the answers to these items, from a few of their lines; None where no speed is
+        known."""
         speeds = self._book.read()
-        num_left = num_answers - num_done
+        num_samples = self._spec.generation.num_samples
+        num_left = len(items) * num_samples - num_done
         if not (speeds or self._plan.streaming) or not num_left:
             return None
-        num_samples = self._spec.generation.num_samples
-        num_lines = min(num_answers // num_samples, _SAMPLED_LINES)
-        work = take_sample(self._spec, files, num_lines, encode, most=_SAMPLE).work(self._spec, self._plan.slots)
-        good_share = work.num_answers / (num_lines * num_samples)
+        items = items[:_SAMPLED_LINES]
+        work = take_sample(self._spec, files, items, encode, most=_SAMPLE).work(self._spec, self._plan.slots)
+        good_share = work.num_answers / (len(items) * num_samples)
         return forecast_plan(work.part(round(num_left * good_share)), self._plan, speeds)
 
     def conditions(self, forecast: Forecast | None) -> dict[str, Any]:

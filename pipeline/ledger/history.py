@@ -3,7 +3,8 @@
 The ledger applies each record that it writes to the same fold, so that a run that goes on and a run that is read back
 know the same. The kinds of record, and their fields beside `kind`:
 
-    header      version, fields (of the job, dotted), num_samples, input: sha256, num_bytes, num_items, files
+    header      version, fields (of the job, dotted, and --limit and --shard), num_samples, input: sha256, num_bytes,
+                num_items, files; merged: the digests of the shards' outputs that the run was put together from
     input       input, as in the header: the input grew at its end
     session     started_at (Unix time): a process took up the run; mark: what it noted to be compared after its death;
                 death: the cause of the death of the session before, null where nothing tells
@@ -16,6 +17,7 @@ know the same. The kinds of record, and their fields beside `kind`:
     unfinished  answers: [number, kept, token ids] each: the ids that follow the first `kept` known ones; elapsed_s
     end         ended, elapsed_s: the session ended in good order
     retry       all answers that are errors are asked for again
+    merged      all answers of the shards have been repeated above
     publish     sha256 and num_bytes of the output that is about to appear; companions: the same of the files that
                 appear beside it, by suffix; summary; input as it is now; elapsed_s
 
@@ -25,10 +27,10 @@ The number of an answer is index * num_samples + sample; `numbers` are runs as `
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pipeline.ledger.identity import Header, input_from_record, input_to_record
 from pipeline.ledger.journal import (
@@ -90,7 +92,8 @@ class History:
     """The state of a run. `apply` is its only way to change; all else reads."""
 
     header: Header
-    done: bytearray  # for each number 0, ANSWERED or FAILED
+    first: int  # of the run's numbers: above 0 in a shard
+    done: bytearray  # for each number from the first on 0, ANSWERED or FAILED
     num_done: int = 0
     committed_bytes: int = 0  # of the partial file
     tally: Tally = field(default_factory=Tally)
@@ -102,6 +105,7 @@ class History:
     published: list[Published] = field(default_factory=list[Published])
     is_published: bool = False  # nothing has happened since the last of these
     is_retry: bool = False  # published before, and going on for answers that were errors
+    is_half_merged: bool = False  # put together from shards, and some of their records may be missing
 
     @property
     def is_complete(self) -> bool:
@@ -112,29 +116,21 @@ class History:
         """The last session has not ended in good order: its process is at work, or died."""
         return bool(self.sessions) and self.sessions[-1].ended == "running"
 
+    def is_done(self, number: int) -> bool:
+        """Whether this answer, one of those that the run has to give, is committed."""
+        return self.done[number - self.first] != 0
+
+    def next_missing(self, number: int) -> int | None:
+        """The first number from this one on that lacks its answer; None where all have theirs."""
+        place = self.done.find(0, max(0, number - self.first))
+        return None if place < 0 else self.first + place
+
     def apply(self, record: Record) -> None:
         """Raises KeyError, TypeError or ValueError for a record that makes no sense here."""
-        match record["kind"]:
-            case "input":
-                self._input(record)
-            case "session":
-                self._session(record)
-            case "loaded":
-                self.sessions[-1] = replace(self.sessions[-1], load_s=record["load_s"])
-            case "admit":
-                self.admitted.update(read_runs(record["numbers"]))
-            case "commit":
-                self._commit(record)
-            case "unfinished":
-                self._unfinished(record)
-            case "end":
-                self._ended(record)
-            case "retry":
-                self._retry()
-            case "publish":
-                self._publish(record)
-            case kind:
-                raise ValueError(f"a record of the unknown kind {kind!r}, of a newer version of overnight")
+        kind = record["kind"]
+        if kind not in self._APPLY:
+            raise ValueError(f"a record of the unknown kind {kind!r}, of a newer version of overnight")
+        self._APPLY[kind](self, record)
 
     def _input(self, record: Record) -> None:
         header = replace(self.header, input=input_from_record(record["input"]))
@@ -154,26 +150,34 @@ class History:
         self.mark = record["mark"]
         self.sessions.append(Session(record["started_at"], 0.0, 0.0, 0, "running"))
 
+    def _loaded(self, record: Record) -> None:
+        self.sessions[-1] = replace(self.sessions[-1], load_s=record["load_s"])
+
+    def _admit(self, record: Record) -> None:
+        self.admitted.update(read_runs(record["numbers"]))
+
     def _commit(self, record: Record) -> None:
         start, end, tally = record["start"], record["end"], Tally.from_json(record["tally"])
         if start != self.committed_bytes or end <= start:
             raise ValueError(f"bytes {start} to {end} do not follow byte {self.committed_bytes}")
-        done, numbers = self.done, read_runs(record["numbers"])
+        done, first, numbers = self.done, self.first, read_runs(record["numbers"])
+        if min(numbers, default=first) < first:
+            raise ValueError(f"number {min(numbers)} is of another shard")
         for number in numbers:
-            if done[number]:
+            if done[number - first]:
                 raise ValueError(f"number {number} is answered twice")
-            done[number] = ANSWERED
+            done[number - first] = ANSWERED
         for number in read_runs(record["failed"]):
-            done[number] = FAILED
+            done[number - first] = FAILED
         self.num_done += len(numbers)
         self.committed_bytes = end
         self.tally.merge(tally)
         session = self.sessions[-1]
         completed = session.completed + tally.completed
         self.sessions[-1] = replace(session, completed=completed, duration=record["elapsed_s"])
-        self.admitted = {number for number in self.admitted if not done[number]}
+        self.admitted = {number for number in self.admitted if not self.is_done(number)}
         for waiting in (self.suspects, self.unfinished):
-            for number in [number for number in waiting if done[number]]:
+            for number in [number for number in waiting if self.is_done(number)]:
                 del waiting[number]
 
     def count(self, completed: int, failed: int, input_tokens: int, output_tokens: int, *, elapsed_s: float) -> None:
@@ -195,7 +199,7 @@ class History:
             self._blame("crashed")
         self.admitted.clear()
 
-    def _retry(self) -> None:
+    def _retry(self, _record: Record) -> None:
         if not self.is_published:
             raise ValueError("a retry of a run that was not finished")
         self.num_done -= self.tally.failed
@@ -204,6 +208,9 @@ class History:
         self.tally.errors.clear()
         self.is_published = False
         self.is_retry = True
+
+    def _merged(self, _record: Record) -> None:
+        self.is_half_merged = False
 
     def _publish(self, record: Record) -> None:
         self._elapsed(record)
@@ -224,6 +231,19 @@ class History:
         for number in self.admitted:
             self.suspects[number] = (*self.suspects.get(number, ()), charge)
 
+    _APPLY: ClassVar[Mapping[str, Callable[[Any, Record], None]]] = {
+        "input": _input,
+        "session": _session,
+        "loaded": _loaded,
+        "admit": _admit,
+        "commit": _commit,
+        "unfinished": _unfinished,
+        "end": _ended,
+        "retry": _retry,
+        "merged": _merged,
+        "publish": _publish,
+    }
+
 
 def publish_record(published: Published, digest: InputDigest) -> Record:
     return {
@@ -243,7 +263,8 @@ def begin_history(record: Record) -> History:
     if record["version"] != VERSION:
         raise ValueError(f"a journal of version {record['version']}, and this program knows version {VERSION}")
     header = Header.from_record(record)
-    return History(header, bytearray(header.num_answers))
+    first, num_answers = header.numbers.start, header.num_answers
+    return History(header, first, bytearray(num_answers), is_half_merged=bool(header.merged))
 
 
 def replay(path: Path) -> tuple[History, int]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from pipeline.errors import DataError, Problem, SpecError
 from pipeline.records import Json
 from pipeline.source.inputs import InputFile
 from pipeline.source.lines import InputDigest
+from pipeline.source.shard import Shard
 
+LIMIT, SHARD = "--limit", "--shard"  # among the fields of a job, what the command line adds to them
 _NUM_SAMPLES = "generation.num_samples"
 _ANEW = "start anew with --fresh, which moves the earlier run's files aside"
 
@@ -40,14 +42,31 @@ class Header:
     num_samples: int
     input: InputDigest
     model: str | None = None
+    merged: tuple[str, ...] = ()  # SHA-256 of the shards' outputs, where the run was put together from them
+
+    @property
+    def limit(self) -> int | None:
+        """How many of the input's items a trial was begun with; None for all."""
+        return cast("int | None", self.fields.get(LIMIT))
+
+    @property
+    def items(self) -> range:
+        """The indexes of the run's items: all of the input, or those of its shard."""
+        shard, num_items = self.fields.get(SHARD), self.input.num_items
+        return range(num_items) if shard is None else Shard.parse(str(shard)).items(num_items)
+
+    @property
+    def numbers(self) -> range:
+        """The numbers of the answers that the run has to give."""
+        return range(self.items.start * self.num_samples, self.items.stop * self.num_samples)
 
     @property
     def num_answers(self) -> int:
-        return self.input.num_items * self.num_samples
+        return len(self.numbers)
 
     @classmethod
-    def of(cls, identity: Identity) -> Header:
-        return cls(_as_json(identity.fields), identity.num_samples, identity.measure(None), identity.model)
+    def of(cls, identity: Identity, merged: tuple[str, ...] = ()) -> Header:
+        return cls(_as_json(identity.fields), identity.num_samples, identity.measure(None), identity.model, merged)
 
     def to_record(self) -> dict[str, Any]:
         return {
@@ -55,11 +74,13 @@ class Header:
             "num_samples": self.num_samples,
             "input": input_to_record(self.input),
             "model": self.model,
+            **({"merged": self.merged} if self.merged else {}),
         }
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Header:
-        return cls(record["fields"], record["num_samples"], input_from_record(record["input"]), record["model"])
+        digest, merged = input_from_record(record["input"]), tuple(record.get("merged", ()))
+        return cls(record["fields"], record["num_samples"], digest, record["model"], merged)
 
 
 def _as_json(fields: Mapping[str, Json]) -> dict[str, Json]:

@@ -74,14 +74,17 @@ class Ledger:
         self._is_whole = True  # False only while the files may know more than the history
         self._history, self._journal, self._partial = recovered
         self._num_samples = self._history.header.num_samples
-        self.num_answers = self._history.header.num_answers
+        self._numbers = self._history.header.numbers
+        self.num_answers = len(self._numbers)
         self._memory_held = witness.memory_held
         self._begin_group()
         self._generating_since = time.monotonic()
         self._num_appended = 0
         self.unfinished = {self._pair(number): tokens for number, tokens in self._history.unfinished.items()}
-        if not self._history.is_published:
-            history = self._history
+        history = self._history
+        # Where all is answered only publishing is left, which is no session; an empty run has its one.
+        self._has_session = not (history.is_published or (history.is_complete and history.sessions))
+        if self._has_session:
             death = witness.cause(history.mark) if history.is_running else None
             self._record({"kind": "session", "started_at": time.time(), "death": death, "mark": witness.mark()})
 
@@ -145,18 +148,23 @@ class Ledger:
         return self._history.header.input.sha256
 
     @property
+    def items(self) -> range:
+        """The indexes of the items that the run answers."""
+        return self._history.header.items
+
+    @property
     def is_complete(self) -> bool:
         """Everything is answered and committed; only `publish` is left to do."""
         return self._history.is_complete
 
     def is_done(self, index: int, sample: int) -> bool:
         """Whether this answer is committed."""
-        return self._history.done[index * self._num_samples + sample] != 0
+        return self._history.is_done(index * self._num_samples + sample)
 
     def next_unanswered_item(self, index: int) -> int | None:
         """The first item from `index` on that lacks an answer; None where all have theirs."""
-        number = self._history.done.find(0, index * self._num_samples)
-        return None if number < 0 else number // self._num_samples
+        number = self._history.next_missing(index * self._num_samples)
+        return None if number is None else number // self._num_samples
 
     @property
     def has_suspects(self) -> bool:
@@ -202,7 +210,7 @@ class Ledger:
         Raises ValueError for an answer that is there already or that nobody asked for, and for any other line.
         """
         number = self._number(completion.item.index, completion.sample)
-        if number in self._group or self._history.done[number]:
+        if number in self._group or self._history.is_done(number):
             raise ValueError(f"item {completion.item.index}, sample {completion.sample} is answered already")
         if line.find(b"\n") != len(line) - 1 or not 0 < len(line) <= _MAX_LINE_BYTES:
             raise ValueError("an answer is one line of less than 4 GiB with a line end")
@@ -292,9 +300,10 @@ class Ledger:
         decided = history.published[-1] if history.is_published else None
         if decided is None or sha256_of(paths.output) != decided.sha256 or not companions_in_place(paths, decided):
             sessions = list(history.sessions)
-            sessions[-1] = replace(sessions[-1], duration=self._elapsed_s(), ended="finished")
+            elapsed_s = self._elapsed_s() if self._has_session else sessions[-1].duration
+            sessions[-1] = replace(sessions[-1], duration=elapsed_s, ended="finished")
             groups = read_groups(paths.journal, paths.partial)
-            lines = LineIndex(paths.partial, self.num_answers, groups)
+            lines = LineIndex(paths.partial, self._numbers, groups)
             built = write_output(
                 self._files,
                 self._patience,
@@ -306,7 +315,7 @@ class Ledger:
             )
             if decided is None:
                 record = publish_record(built, history.header.input)
-                self._record({**record, "elapsed_s": self._elapsed_s()}, sync=True)
+                self._record({**record, "elapsed_s": elapsed_s}, sync=True)
             elif built != decided:
                 raise damaged(paths.journal, "names an output that these answers do not make")
             place_companions(self._files, paths, built)
@@ -328,7 +337,7 @@ class Ledger:
             with suppress(OvernightError):
                 if self._is_whole:
                     self.commit()
-                if self._is_whole and not self._history.is_published:
+                if self._is_whole and self._has_session and not self._history.is_published:
                     self._record({"kind": "end", "ended": ended, "elapsed_s": self._elapsed_s()}, sync=True)
         finally:
             self._partial.close()
@@ -345,7 +354,7 @@ class Ledger:
 
     def _number(self, index: int, sample: int) -> int:
         number = index * self._num_samples + sample
-        if not 0 <= sample < self._num_samples or not 0 <= number < self.num_answers:
+        if not 0 <= sample < self._num_samples or number not in self._numbers:
             raise ValueError(f"the run has no item {index} with sample {sample}")
         return number
 

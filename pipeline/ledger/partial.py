@@ -53,11 +53,12 @@ def read_group(descriptor: int, journal: Path, partial: Path, record: Record) ->
 class LineIndex:
     """Where the line of each number lies in the partial file; twelve bytes of memory a line."""
 
-    def __init__(self, partial: Path, num_lines: int, groups: Iterable[Group]) -> None:
+    def __init__(self, partial: Path, numbers: range, groups: Iterable[Group]) -> None:
         """Of a number that comes twice the later line counts. Raises what reading `groups` raises."""
         self._partial = partial
-        self._offsets = array("Q", (0,)) * num_lines
-        self._lengths = array("I", (0,)) * num_lines
+        self._first = numbers.start
+        self._offsets = array("Q", (0,)) * len(numbers)
+        self._lengths = array("I", (0,)) * len(numbers)
         for group in groups:
             self._add(group)
 
@@ -65,8 +66,8 @@ class LineIndex:
         lengths = array("I", [len(line) + 1 for line in group.data.split(b"\n")])
         offsets = array("Q", accumulate(lengths, initial=group.start))
         for number, offset, length in zip(group.numbers, offsets, lengths, strict=False):  # offsets end with the end
-            self._offsets[number] = offset
-            self._lengths[number] = length
+            self._offsets[number - self._first] = offset
+            self._lengths[number - self._first] = length
 
     def read_in_order(self) -> Iterator[bytes]:
         """The lines of all numbers in ascending order, many at a time where they lie side by side."""

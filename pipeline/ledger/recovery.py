@@ -81,18 +81,25 @@ def find_finished(
 
 
 def begin(
-    files: Files, patience: Patience, paths: RunPaths, identity: Identity, companions: Collection[str] = ()
+    files: Files,
+    patience: Patience,
+    paths: RunPaths,
+    identity: Identity,
+    companions: Collection[str] = (),
+    *,
+    merged: tuple[str, ...] = (),
 ) -> None:
     """Make the journal of a new run, which will publish `companions` beside its output, by suffix.
 
-    Raises OutputError where a stranger's file is in the way, DataError for a rest.
+    `merged` are the digests of the shards' outputs that it is put together from. Raises OutputError where a stranger's
+    file is in the way, DataError for a rest.
     """
     for path in (paths.output, paths.summary, *map(paths.companion, companions)):
         if os.path.lexists(path):
             raise stranger(path)
     if paths.partial.exists() and paths.partial.stat().st_size > 0:
         raise damaged(paths.partial, "holds answers, and the journal that must lie beside it is missing")
-    record = {"kind": "header", "version": VERSION, **Header.of(identity).to_record()}
+    record = {"kind": "header", "version": VERSION, **Header.of(identity, merged).to_record()}
     with creating(paths.journal):
         place_journal(files, patience, paths, encode_line(record, 0))
 
@@ -104,11 +111,10 @@ def recover(
 
     Nothing is changed before everything is checked. Can be killed anywhere and done again. Raises SpecError for a
     changed job, DataError for a changed input or damage, OutputError for a stranger's output, UsageError for a `retry`
-    of what was never finished, WriteError.
+    of what was never finished and for a merge that was interrupted, WriteError.
     """
     history, whole = replay(paths.journal)
-    if retry and not (history.is_published or history.is_retry):
-        raise UsageError(Problem("is not finished yet; `overnight run` goes on with it", file=str(paths.output)))
+    _refuse_misuse(paths, history, retry=retry)
     check_job(history.header, identity)
     grown = check_input(history.header, identity, may_grow=may_grow)
     _check_output(paths, history, whole)
@@ -139,6 +145,15 @@ def recover(
         journal.append(record)
         history.apply(record)
     return history, journal, partial
+
+
+def _refuse_misuse(paths: RunPaths, history: History, *, retry: bool) -> None:
+    """What another command has to finish first."""
+    if history.is_half_merged:
+        message = "was begun by `overnight merge`, which was interrupted; merge again"
+        raise UsageError(Problem(message, file=str(paths.output)))
+    if retry and not (history.is_published or history.is_retry):
+        raise UsageError(Problem("is not finished yet; `overnight run` goes on with it", file=str(paths.output)))
 
 
 def move_aside(files: Files, paths: RunPaths, companions: Collection[str] = ()) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 from pipeline.columnar import is_columnar
@@ -14,11 +15,11 @@ from pipeline.spec.fingerprint import fingerprint
 from pipeline.spec.keys import JobSpec
 
 
-def choose_form(spec: JobSpec) -> Form:
-    """The form that the job asks for."""
+def choose_form(spec: JobSpec, output: Path) -> Form:
+    """The form that the job asks for, in the file `output`: that of the job, or of a shard, which is never a table."""
     if spec.output.format == "openai-batch":
         return OpenAIBatch(model=spec.model.path or spec.model.engine, fingerprint=fingerprint(spec))
-    return Parquet() if is_columnar(spec.output.path) else NATIVE
+    return Parquet() if is_columnar(output.name) else NATIVE
 
 
 def kept_fields(spec: JobSpec) -> Literal["all", "none"] | Sequence[str]:

@@ -16,6 +16,7 @@ from pipeline.plan.plan import Plan
 from pipeline.source.inputs import expand_inputs
 from pipeline.source.line_parser import LineParser
 from pipeline.source.lines import digest_inputs
+from pipeline.source.shard import Shard
 from pipeline.spec.keys import JobSpec
 from pipeline.tools.measure import measure_speed
 
@@ -93,12 +94,14 @@ def plan_job(
     spec: JobSpec,
     *,
     limit: int | None = None,
+    shard: Shard | None = None,
     machine_file: Path | None = None,
     measure: bool = False,
     price_per_hour: float | None = None,
     sample: int = SAMPLE,
 ) -> PlanReport:
-    """Plan the job for this machine, or for the one that a file describes, and count its input with its tokenizer.
+    """Plan the job, or its shard, for this machine or for the one that a file describes, and count its input with its
+    tokenizer.
 
     Every line is checked, and `sample` of them, evenly spread, are encoded. `measure` loads the model for a few steps,
     unless the file describes the machine. Raises whatever would keep the run from starting: SpecError, NotFoundError,
@@ -119,7 +122,8 @@ def plan_job(
     encoder = choice.encoder()
     context_length = _ECHO_CONTEXT if facts is None else facts.architecture.context_length
     num_lines = num_lines if limit is None else min(limit, num_lines)
-    census = take_census(spec, files, num_lines, encoder.encode, most=sample, context_length=context_length)
+    items = range(num_lines) if shard is None else shard.items(num_lines)
+    census = take_census(spec, files, items, encoder.encode, most=sample, context_length=context_length)
     if (stats := census.prompt_stats) is not None:
         plan, _ = prepare(spec, facts, machine=machine, stats=stats)
     book = SpeedBook(plan.speed_key, library_versions(plan.engine))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.ledger.history import History
+from pipeline.ledger.parts import begun_shards, count_shards
 from pipeline.ledger.recovery import RunState, read_run
 from pipeline.ledger.upload import Upload
 from pipeline.remote import is_remote
+from pipeline.source.shard import Shard, all_shards, run_output
 from pipeline.spec.keys import JobSpec
 from pipeline.summary import timestamp
 
@@ -44,6 +48,10 @@ class Status:
     run: RunState
     read_at: float
     missing_at: str | None = None
+
+    @property
+    def is_running(self) -> bool:
+        return self.run.state == "running"
 
     @property
     def batch_status(self) -> str:
@@ -83,7 +91,9 @@ class Status:
             lines.append(f"about {self.left_s:.0f} s left")
         if self.missing_at is not None:
             lines.append(f"not copied to {self.missing_at} yet; `overnight run` does it")
-        if advice := _ADVICE.get(self.run.state):
+        if history is not None and history.is_half_merged:
+            lines.append("`overnight merge`, which was interrupted, does it again")
+        elif advice := _ADVICE.get(self.run.state):
             lines.append(advice)
         return "\n".join(lines)
 
@@ -110,22 +120,100 @@ class Status:
         }
 
 
-def job_status(spec: JobSpec) -> Status:
-    """The state of the job's run. Raises OSError only where a file of the run cannot be read."""
-    output, url = spec.output.file, spec.output.path
+@dataclass(frozen=True, slots=True)
+class ShardsStatus:
+    """The states of all shards of a job that has no run of its own, such as those of an array of a scheduler."""
+
+    output: Path
+    shards: tuple[tuple[Shard, Status], ...]
+
+    @property
+    def state(self) -> str:
+        """What holds for the whole: damaged or running if one shard is, finished if all are."""
+        states = {status.run.state for _, status in self.shards}
+        if states == {"finished"}:
+            return "finished"
+        return next((state for state in ("damaged", "running") if state in states), "stopped")
+
+    @property
+    def is_running(self) -> bool:
+        return any(status.is_running for _, status in self.shards)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Of all answers, those of shards that have not begun too: these are known from the others."""
+        headers = [history.header for history in self._histories]
+        return {
+            "total": max((header.input.num_items * header.num_samples for header in headers), default=0),
+            "completed": sum(history.tally.completed for history in self._histories),
+            "failed": sum(history.tally.failed for history in self._histories),
+        }
+
+    @property
+    def _histories(self) -> list[History]:
+        return [status.run.history for _, status in self.shards if status.run.history is not None]
+
+    def __str__(self) -> str:
+        kinds = Counter(status.run.state for _, status in self.shards)
+        states = ", ".join(f"{count} {state}" for state, count in kinds.items())
+        counts = self.counts
+        done, total = counts["completed"] + counts["failed"], counts["total"]
+        share = 100 * done / total if total else 100.0
+        lines = [
+            f"{self.output}: {len(self.shards)} shards, {states}",
+            f"{done} of {total} answers ({share:.1f} %), {counts['failed']} failed",
+        ]
+        for shard, status in self.shards:
+            history, process = status.run.history, status.run.process
+            told = "" if history is None else f", {history.num_done} of {history.header.num_answers} answers"
+            lines.append(f"shard {shard}: {status.run.state}{f' (process {process})' if process else ''}{told}")
+        if self.state == "finished":
+            lines.append("`overnight merge` joins them")
+        elif not self.is_running:
+            lines.append("`overnight run --shard I/N` begins or resumes a shard; `status --shard I/N` says more of it")
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "object": "status",
+            "output": str(self.output),
+            "state": self.state,
+            "status": _BATCH_STATUS[self.state],
+            "request_counts": self.counts,
+            "output_tokens": sum(history.tally.output_tokens for history in self._histories),
+            "shards": [{"shard": str(shard), **status.to_json()} for shard, status in self.shards],
+        }
+
+
+def job_status(spec: JobSpec, shard: Shard | None = None) -> Status | ShardsStatus:
+    """The state of the job's run or of one shard; of all shards, where the job has no run of its own but they have.
+
+    Raises UsageError where there are shards of several divisions; OSError only where a file of the run cannot be read.
+    """
+    output = run_output(spec.output.file, shard)
     run = read_run(output)
-    is_missing = run.state == "finished" and is_remote(url) and not Upload(output, url).is_noted
+    if run.state == "absent" and shard is None and (begun := begun_shards(output)):
+        shards = all_shards(count_shards(output, begun))
+        return ShardsStatus(output, tuple((each, _status(each.output(output))) for each in shards))
+    url = spec.output.path
+    is_missing = shard is None and run.state == "finished" and is_remote(url) and not Upload(output, url).is_noted
     return Status(output, run, time.time(), url if is_missing else None)
 
 
-def watch_job(spec: JobSpec, sleep: Callable[[float], None] = time.sleep) -> Iterator[Status]:
-    """The state of the job's run every two seconds, or less often where reading it takes long, until nobody works on
-    it any more. Raises as `job_status` does."""
+def _status(output: Path) -> Status:
+    return Status(output, read_run(output), time.time())
+
+
+def watch_job(
+    spec: JobSpec, shard: Shard | None = None, sleep: Callable[[float], None] = time.sleep
+) -> Iterator[Status | ShardsStatus]:
+    """The state of the job every two seconds, or less often where reading it takes long, until nobody works on it any
+    more. Raises as `job_status` does."""
     while True:
         began = time.perf_counter()
-        status = job_status(spec)
+        status = job_status(spec, shard)
         took_s = time.perf_counter() - began
         yield status
-        if status.run.state != "running":
+        if not status.is_running:
             return
         sleep(max(_WATCH_S, _WATCH_SHARE * took_s))

@@ -23,6 +23,7 @@ from pipeline.errors import DataError, OvernightError, Problem, StoppedError
 from pipeline.ledger.files import RunPaths
 from pipeline.ledger.journal import whole_lines
 from pipeline.ledger.witness import note_death
+from pipeline.source.shard import Shard, run_output
 from pipeline.spec.keys import JobSpec
 from pipeline.spec.units import format_duration
 from pipeline.stop import SIGNALS
@@ -112,19 +113,20 @@ def supervise(
     words: Sequence[str],
     say: Callable[[str], None] | None,
     *,
+    shard: Shard | None = None,
     fresh: bool = False,
 ) -> int:
     """Run `overnight run WORDS` until it ends by itself or is stopped, starting it again after each death.
 
-    `spec` is the job that `words` name, without a time limit, which is kept for all processes together; `fresh` is
-    given on until the earlier run's files are aside. The exit code is that of the last process. A death is a signal
-    that kills, a stall, a fault of ours (70) or a stop for lack of memory. Raises OvernightError (StoppedError for a
-    lack of memory) after more than `run.max_attempts` deaths in a row between which nothing was saved: by then every
-    answer that can be blamed has been given up, and the next death would be no other. StoppedError for a signal that
-    comes while no process runs.
+    `spec` is the job that `words` name, and `shard` its part, without a time limit, which is kept for all processes
+    together; `fresh` is given on until the earlier run's files are aside. The exit code is that of the last process. A
+    death is a signal that kills, a stall, a fault of ours (70) or a stop for lack of memory. Raises OvernightError
+    (StoppedError for a lack of memory) after more than `run.max_attempts` deaths in a row between which nothing was
+    saved: by then every answer that can be blamed has been given up, and the next death would be no other. StoppedError
+    for a signal that comes while no process runs.
     """
     began = time.monotonic()
-    paths = RunPaths(spec.output.file)
+    paths = RunPaths(run_output(spec.output.file, shard))
     relay = _Relay()
     mark = first = _Mark.of(paths.journal)
     num_fruitless = 0

@@ -19,6 +19,7 @@ from pipeline.ledger.recovery import no_run
 from pipeline.output import choose_form
 from pipeline.source.inputs import expand_inputs
 from pipeline.source.json_object import BadJsonError, read_object
+from pipeline.source.shard import Shard, run_output
 from pipeline.spec.keys import JobSpec
 from pipeline.summary import Tally
 
@@ -109,15 +110,15 @@ class _Counter:
         self.tally.reasoning_tokens += usage["reasoning_tokens"]
 
 
-def verify_job(spec: JobSpec, tell: Callable[[Problem], None]) -> Verification:
-    """Check the run of the job, finished or not, and `tell` each problem as it is found.
+def verify_job(spec: JobSpec, tell: Callable[[Problem], None], *, shard: Shard | None = None) -> Verification:
+    """Check the run of the job or of its shard, finished or not, and `tell` each problem as it is found.
 
     Journal (checksums, order, every answer once), answers (digests of all groups, every line the answer that the
     journal says), a recount, the input's digest, and of a published run output and summary byte by byte. Reads without
     the lock and changes nothing. Raises NotFoundError where there is no run, DataError where the journal does not tell
     what the run is, SpecError where the job is another one than the run's.
     """
-    paths = RunPaths(spec.output.file)
+    paths = RunPaths(run_output(spec.output.file, shard))
     num_problems = 0
 
     def count(problem: Problem) -> None:
@@ -130,11 +131,11 @@ def verify_job(spec: JobSpec, tell: Callable[[Problem], None]) -> Verification:
     process = lock_holder(paths.lock)
     audit = Audit(paths.output, count)
     history = audit.history
-    _check_identity(spec, history.header, count)
+    _check_identity(spec, shard, history.header, count)
     counter = _Counter(paths.partial, history.header.num_samples, count)
     lines: LineIndex | None = None
     try:
-        lines = LineIndex(paths.partial, history.header.num_answers, counter.check(audit.groups(counter.retry)))
+        lines = LineIndex(paths.partial, history.header.numbers, counter.check(audit.groups(counter.retry)))
     except DataError as error:
         for problem in error.problems:
             count(problem)
@@ -143,7 +144,7 @@ def verify_job(spec: JobSpec, tell: Callable[[Problem], None]) -> Verification:
     else:
         lines = None
     if process is None:
-        audit.check_output(lines, summary_line=spec.output.summary_line, form=choose_form(spec))
+        audit.check_output(lines, summary_line=spec.output.summary_line, form=choose_form(spec, paths.output))
     return Verification(
         output=str(paths.output),
         state=_state(paths, history, process),
@@ -157,16 +158,16 @@ def verify_job(spec: JobSpec, tell: Callable[[Problem], None]) -> Verification:
     )
 
 
-def _check_identity(spec: JobSpec, header: Header, tell: Callable[[Problem], None]) -> None:
+def _check_identity(spec: JobSpec, shard: Shard | None, header: Header, tell: Callable[[Problem], None]) -> None:
     """SpecError for another job; tells of another input. A trial's --limit is the run's own."""
-    limit: Any = header.fields.get("--limit")
+    limit = header.limit
     try:
         files = tuple(expand_inputs(spec.input.path))
     except NotFoundError as error:
-        check_job(header, job_identity(spec, (), limit))
+        check_job(header, job_identity(spec, (), limit, shard))
         problems = error.problems
     else:
-        identity = job_identity(spec, files, limit)
+        identity = job_identity(spec, files, limit, shard)
         check_job(header, identity)
         try:
             check_input(header, identity, may_grow=False)
