@@ -13,8 +13,8 @@ from pipeline.records import Completion
 # A value v falls into bucket ceil(log_g(v)); answering with the bucket's middle is within 1 % of v for
 # g = (1 + 0.01) / (1 - 0.01) (DDSketch: Masson, Rim, Lee, VLDB 2019). Buckets of equal base simply add.
 _ACCURACY = 0.01
-_BASE = (1 + _ACCURACY) / (1 - _ACCURACY)
-_LOG_BASE = math.log(_BASE)
+BUCKET_RATIO = (1 + _ACCURACY) / (1 - _ACCURACY)
+_LOG_BASE = math.log(BUCKET_RATIO)
 _SMALLEST = 1e-9  # seconds; anything shorter, zero too, counts as this
 
 
@@ -42,7 +42,7 @@ class Histogram:
     def values(self) -> Iterator[tuple[float, int]]:
         """Ascending values, each within 1 % of those that it stands for, with their counts."""
         for bucket in sorted(self.buckets):
-            yield 2 * _BASE**bucket / (_BASE + 1), self.buckets[bucket]
+            yield 2 * BUCKET_RATIO**bucket / (BUCKET_RATIO + 1), self.buckets[bucket]
 
     def mean(self) -> float:
         """Seconds; 0 of nothing."""

@@ -84,7 +84,9 @@ def test_a_measurement_tells_the_time(tmp_path):
     plan = overnight("plan", job, "--measure", "--json", "--price-per-hour", "1.2")
     assert plan.returncode == 0, plan.stderr
     told = json.loads(plan.stdout)
-    assert told["forecast"]["generation_s"]["low"] < 64 * 0.02 < told["forecast"]["generation_s"]["high"]
+    foretold = told["forecast"]["generation_s"]
+    assert foretold["low"] < foretold["expected"] < foretold["high"]
+    assert foretold["high"] > 64 * 0.02  # a busy machine may have been slower, none is faster
     assert told["cost"]["expected"] > 0 and "measuring" in plan.stderr
 
 

@@ -281,7 +281,7 @@ def test_contrast_is_that_of_the_web_guidelines():
 def test_a_page_is_whole_in_itself_and_its_drawings_have_its_colours(tmp_path):
     job = write_job(tmp_path, PROMPTS, model=QUICK)
     run_job(load_job(job, overrides=["model.echo.delay=20ms", "run.time_limit=500ms"]), quiet=True)
-    run_job(load_job(job), quiet=True)
+    run_job(load_job(job, overrides=["model.echo.delay=20ms"]), quiet=True)
     told = overnight("report", job, "--png", tmp_path / "out.png")
     assert told.returncode == 0 and told.stdout == f"{tmp_path / 'out.jsonl.report.html'}\n"
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _WIDE, _NARROW = 1040, 360
 _MOST_NAMED_BREAKS = 8  # more would be written over each other
+_ROOM_FOR_WORDS = 0.25  # of the axis, after a break; with less it has the number of the session alone
+_HEADROOM = 1.2  # for what is written above the data
 # Steps of a time axis in seconds.
 _STEPS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10_800, 21_600, 43_200, 86_400)
 
@@ -99,7 +101,7 @@ class Charts:
             _draw_steps(panels[2], palette, width, memory)
             name_panel(panels[2], palette, f"Memory held by the process, {unit}")
         for axes in panels:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, axes.get_ylim()[1] * (_HEADROOM if axes is panels[0] else 1))
             axes.yaxis.set_major_locator(_ticks(3))
             axes.yaxis.set_major_formatter(_thousands)
         _draw_time_axis(panels[-1], record.axis.length, wide=wide)
@@ -167,8 +169,9 @@ class Charts:
                 before = sessions[number - 1]
                 gap_s = session.started_at - before.started_at - before.load_s - before.duration
                 ended = before.ended.replace("_", " ")
+                room = stretch.end - stretch.begin >= self._record.axis.length * _ROOM_FOR_WORDS
                 panels[0].annotate(
-                    f"{ended}; resumed {show_duration(max(0.0, gap_s))} later" if wide else str(number + 1),
+                    f"{ended}; resumed {show_duration(max(0.0, gap_s))} later" if wide and room else str(number + 1),
                     (stretch.begin, 1),
                     xycoords=("data", "axes fraction"),
                     xytext=(5, -12),

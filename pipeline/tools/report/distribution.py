@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import exp, log
+from math import ceil, exp, log
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.forecast.forecast import show_duration
-from pipeline.summary import Histogram
+from pipeline.summary import BUCKET_RATIO, Histogram
 from pipeline.tools.report.drawing import name_panel
 from pipeline.tools.report.palette import Palette
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MOST_BARS = 32
+_LEAST_BUCKETS = 40  # of two percent: a factor of a little more than two
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +52,20 @@ class Distribution:
         axes.set_xticks([], minor=True)
 
     def _bars(self, values: list[tuple[float, int]]) -> tuple[list[float], list[int]]:
-        """Edges and counts. No bar is narrower than what the values can tell apart: a token, or a few percent."""
-        low, high = values[0][0], values[-1][0]
-        if high / low < 1.5:  # values that hardly differ are not drawn as if they did
-            low, high = low / 1.5, high * 1.5
-        narrowest = max(1.05, 1.0 if self.unit == "s" else (low + 1) / low)
-        num_bars = max(3, min(_MOST_BARS, int(log(high / low) / log(narrowest))))
-        width = log(high / low) / num_bars
-        counts = [0] * num_bars
+        """Edges and counts: each bar is the same number of the histogram's buckets, so that none gets more by chance.
+
+        No bar is narrower than a token, and values that hardly differ are not drawn as if they did.
+        """
+        step = log(BUCKET_RATIO)
+        lowest, highest = (round(log(value) / step) for value in (values[0][0], values[-1][0]))
+        margin = max(0, _LEAST_BUCKETS - (highest - lowest)) // 2
+        lowest, num_buckets = lowest - margin, highest - lowest + 2 * margin + 1
+        token = 1 if self.unit == "s" else ceil(log(1 + 1 / values[0][0]) / step)
+        size = max(2, token, ceil(num_buckets / _MOST_BARS))
+        counts = [0] * ceil(num_buckets / size)
         for value, count in values:
-            counts[min(num_bars - 1, max(0, int(log(value / low) / width)))] += count
-        return [low * exp(width * number) for number in range(num_bars + 1)], counts
+            counts[(round(log(value) / step) - lowest) // size] += count
+        return [exp(step * (lowest - 0.5 + size * number)) for number in range(len(counts) + 1)], counts
 
     def _draw_quantiles(self, axes: Axes, palette: Palette, left: float, right: float) -> None:
         for fraction, label, dashes, height in ((0.5, "median", (0, ()), 0.86), (0.99, "99 %", (0, (2, 2)), 0.98)):
