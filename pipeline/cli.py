@@ -169,6 +169,7 @@ def status(
 def report(
     job: JobFile,
     overrides: Overrides = None,
+    shard: ShardOf = None,
     page: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FILE", help="The page; OUTPUT.report.html if not given.")
     ] = None,
@@ -181,7 +182,8 @@ def report(
     from pipeline.spec.job_file import load_spec
     from pipeline.tools.report.report import report_job
 
-    path = report_job(load_spec(job, overrides=overrides or ()), page=page, png=png, show_text=show_text)
+    spec = load_spec(job, overrides=overrides or ())
+    path = report_job(spec, shard=shard, page=page, png=png, show_text=show_text)
     sys.stdout.write(f"{path}\n")
 
 

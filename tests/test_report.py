@@ -198,9 +198,23 @@ def test_amounts_are_spread_over_the_bins_that_they_overlap(added, num_bins):
 
 def test_moments_lie_in_their_session_however_long_the_pause():
     axis = Axis([(1000.0, 5.0, 20.0), (90_000.0, 4.0, 10.0)])
+    first, second = axis.stretches
     assert axis.length == 39.0
-    assert [axis.position(at) for at in (1000.0, 1003.0, 5000.0)] == [5.0, 8.0, 25.0]
-    assert [axis.position(at) for at in (90_000.0, 90_002.5, 10.0**9, 0.0)] == [29.0, 31.5, 39.0, 5.0]
+    assert [first.position(at) for at in (0.0, 1000.0, 1003.0, 5000.0)] == [5.0, 5.0, 8.0, 25.0]
+    assert [second.position(at) for at in (90_000.0, 90_002.5, 10.0**9, 0.0)] == [29.0, 31.5, 39.0, 29.0]
+
+
+def test_shards_have_reports_and_so_has_what_they_are_merged_into(tmp_path, undrawn):
+    job = write_job(tmp_path, PROMPTS, model=QUICK)
+    for shard in ("1/2", "2/2"):
+        assert overnight("run", job, "--shard", shard, "--set", "model.echo.delay=5ms").returncode == 3
+    told = overnight("report", job, "--shard", "2/2", "-o", tmp_path / "shard.html")
+    assert told.returncode == 0 and "30 of 30 answers" in (tmp_path / "shard.html").read_text()
+    assert overnight("merge", job).returncode == 3
+    page = report(job)
+    assert "60 of 60 answers" in page.text and "joined from 2 shards" in page.text
+    record = RunRecord(tmp_path / "out.jsonl")
+    assert sum(record.output_tokens.totals()) == pytest.approx(record.history.tally.output_tokens)
 
 
 def test_memory_does_not_grow_with_the_answers(tmp_path):
@@ -319,7 +333,13 @@ def test_a_report_never_takes_the_place_of_a_file_of_the_run(tmp_path, undrawn):
         with pytest.raises(UsageError, match="file of the run"):
             report_job(load_job(job), png=tmp_path / name)
     assert {path.name: path.read_bytes() for path in tmp_path.glob("out.jsonl*")} == before
-    with pytest.raises(OutputError, match="cannot be written"):
+    lines = (tmp_path / "in.jsonl").read_bytes()
+    for names in ({"page": tmp_path / "in.jsonl"}, {"png": tmp_path / "in.jsonl"}):
+        with pytest.raises(OutputError, match="is no report"):
+            report_job(load_job(job), **names)
+    assert (tmp_path / "in.jsonl").read_bytes() == lines
+    assert report_job(load_job(job)) == report_job(load_job(job))  # an earlier report is replaced
+    with pytest.raises(OutputError, match=r"in\.jsonl"):
         report_job(load_job(job), page=tmp_path / "in.jsonl" / "report.html")
 
 

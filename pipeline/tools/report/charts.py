@@ -170,8 +170,9 @@ class Charts:
                 gap_s = session.started_at - before.started_at - before.load_s - before.duration
                 ended = before.ended.replace("_", " ")
                 room = stretch.end - stretch.begin >= self._record.axis.length * _ROOM_FOR_WORDS
+                in_words = wide and room and not self._record.history.header.merged
                 panels[0].annotate(
-                    f"{ended}; resumed {show_duration(max(0.0, gap_s))} later" if wide and room else str(number + 1),
+                    f"{ended}; resumed {show_duration(max(0.0, gap_s))} later" if in_words else str(number + 1),
                     (stretch.begin, 1),
                     xycoords=("data", "axes fraction"),
                     xytext=(5, -12),

@@ -17,7 +17,7 @@ from pipeline.ledger.partial import open_to_read, read_group
 from pipeline.ledger.recovery import RunState, no_run, read_run
 from pipeline.source.json_object import BadJsonError, read_object
 from pipeline.summary import Histogram, Session, unix_time
-from pipeline.tools.report.timeline import Axis, Spread
+from pipeline.tools.report.timeline import Axis, Spread, Stretch
 
 NUM_SLOWEST = 10
 _EXAMPLES = 3  # of each kind of error
@@ -135,10 +135,13 @@ class RunRecord:
                     continue
                 history.apply(record)
                 if record["kind"] == "commit":
-                    self._commit(record, len(history.sessions) - 1)
+                    number = min(len(history.sessions), len(self.sessions)) - 1
+                    stretch = self.axis.stretches[number]
+                    committed_at = min(stretch.end, stretch.generation + record["elapsed_s"])
+                    self._hold(record.get("memory_bytes"), self.sessions[number], committed_at)
                     group = read_group(descriptor, self.paths.journal, partial, record)
                     for line in group.data.split(b"\n")[:-1]:
-                        self._answer(line, self._committed_at(record, len(history.sessions) - 1))
+                        self._answer(line, stretch, committed_at)
                 elif record["kind"] == "retry":
                     self.errors.clear()
                     self.finish_reasons.pop("error", None)
@@ -146,21 +149,13 @@ class RunRecord:
             raise damaged(self.paths.journal, "has no readable first line")
         return history
 
-    def _committed_at(self, record: Record, number: int) -> float:
-        """Where a commit lies on the axis."""
-        stretch = self.axis.stretches[min(number, len(self.axis.stretches) - 1)]
-        return min(stretch.end, stretch.generation + record["elapsed_s"])
+    def _hold(self, held: int | None, session: SessionRecord, committed_at: float) -> None:
+        if held:
+            session.peak_bytes = max(session.peak_bytes or 0, held)
+            place = min(len(self.memory) - 1, int(committed_at / self.output_tokens.width))
+            self.memory[place] = max(self.memory[place], held)
 
-    def _commit(self, record: Record, number: int) -> None:
-        held = record.get("memory_bytes")
-        if not held or number >= len(self.sessions):
-            return
-        session = self.sessions[number]
-        session.peak_bytes = max(session.peak_bytes or 0, held)
-        place = min(len(self.memory) - 1, int(self._committed_at(record, number) / self.output_tokens.width))
-        self.memory[place] = max(self.memory[place], held)
-
-    def _answer(self, line: bytes, committed_at: float) -> None:
+    def _answer(self, line: bytes, stretch: Stretch, committed_at: float) -> None:
         try:
             answer = read_object(line)
             error = answer["error"]
@@ -169,7 +164,7 @@ class RunRecord:
             if error is not None:
                 self._error(answer, error["type"], committed_at)
             else:
-                self._completed(answer, answer["usage"], answer["timing"])
+                self._completed(answer, answer["usage"], answer["timing"], stretch)
         except (BadJsonError, KeyError, TypeError, ValueError) as error:
             raise damaged(self.paths.partial, f"holds a line that is no answer: {error}") from error
 
@@ -182,14 +177,14 @@ class RunRecord:
         if len(errors.examples) < _EXAMPLES:
             errors.examples.append(shortened(answer))
 
-    def _completed(self, answer: Answer, usage: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
+    def _completed(self, answer: Answer, usage: Mapping[str, Any], timing: Mapping[str, Any], stretch: Stretch) -> None:
         num_tokens = usage["completion_tokens"]
         self.prompts.add(usage["prompt_tokens"])
         self.outputs.add(num_tokens)
         if usage["reasoning_tokens"]:
             self.reasoning.add(usage["reasoning_tokens"])
         started_at, total_s = unix_time(timing["started_at"]), timing["total_s"]
-        position = self.axis.position
+        position = stretch.position
         end = position(started_at + total_s)
         computed = position(started_at + timing["queue_s"])
         first = position(started_at + timing["time_to_first_token_s"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,13 +37,6 @@ class Axis:
             end = generation + duration
             self.stretches.append(Stretch(begin, generation, end, generation_at))
         self.length = end
-        self._beginnings = [stretch.generation_at for stretch in self.stretches]
-
-    def position(self, unix_time: float) -> float:
-        """Where a moment lies on the axis."""
-        if not self.stretches:
-            return 0.0
-        return self.stretches[max(0, bisect_right(self._beginnings, unix_time) - 1)].position(unix_time)
 
 
 class Spread:

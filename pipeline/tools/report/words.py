@@ -127,6 +127,8 @@ class Words:
         faults = sum(session.ended in ("crashed", "stalled", "out_of_memory", "killed") for session in sessions)
         if faults:
             said += f", {faults} of which ended by a fault"
+        if history.header.merged:
+            said += f", joined from {len(history.header.merged)} shards, which may have worked side by side"
         events = history.tally.out_of_memory_events
         if events:
             said += f"; memory ran out {_count(events, 'time')} and the batch was made smaller"
