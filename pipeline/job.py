@@ -171,7 +171,7 @@ def _run(
                 beat=watch.beat,
                 observe=_silence,
                 max_attempts=spec.run.max_attempts,
-                save_unfinished_s=None if spec.generation.deterministic else spec.run.save_unfinished,
+                save_unfinished_s=spec.run.save_unfinished,
             )
             if runner.settle(_prompts(spec, parser, files, limit, ledger.next_unanswered_item)):
                 engine = _load(choice, ledger, expectation.conditions(forecast), stop, say)

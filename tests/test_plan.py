@@ -390,3 +390,25 @@ def test_whatever_is_asked_fits_or_is_refused_and_what_is_said_to_fit_does(**ask
         assert value in ("auto", getattr(plan, key))
     if stats is None and asked["cache_tokens"] == "auto":
         assert plan.cache_tokens >= plan.slots * min(2, model.architecture.context_length)
+
+
+def deterministic(spec: JobSpec) -> JobSpec:
+    return spec.model_copy(update={"generation": spec.generation.model_copy(update={"deterministic": True})})
+
+
+def test_deterministic_answers_are_refused_on_a_gpu_and_said_on_a_cpu(flagship: ModelFacts) -> None:
+    with pytest.raises(SpecError, match="is promised on a CPU only, and min-gpu computes on a GPU") as caught:
+        make_plan(deterministic(job(load_strategy="min-gpu")), LAPTOP, flagship)
+    assert caught.value.problems[0].field == "generation.deterministic"
+    plan = make_plan(deterministic(job(load_strategy="no-gpu")), LAPTOP, flagship)
+    assert decision(plan, "arithmetic")[0] == "row by row"
+    assert "arithmetic" not in {made.name for made in make_plan(job(), machine(), facts()).decisions}
+
+
+def test_deterministic_weights_do_not_depend_on_what_memory_is_free() -> None:
+    asked, model = deterministic(job(load_strategy="no-gpu")), facts(quantization_config=INT4)
+    roomy, crowded = machine(128), machine(128, memory_available_bytes=24 * GIB)
+    assert make_plan(asked, roomy, model).weights == "unpacked"
+    with pytest.raises(MachineError):
+        make_plan(asked, crowded, model)
+    assert make_plan(job(load_strategy="no-gpu"), crowded, model).weights == "packed"

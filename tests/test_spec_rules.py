@@ -95,7 +95,6 @@ def test_the_output_is_no_input(
 
 
 NOT_DEFAULT: dict[str, tuple[object, str]] = {
-    "generation.deterministic": (True, "false"),
     "run.metrics": ("x.prom", "null"),
     "run.on_finish": (["true"], "null"),
 }

@@ -84,12 +84,12 @@ def _transformers(spec: JobSpec, plan: Plan, context_length: int) -> EngineChoic
     tokenizer, encoder = _encoding(spec, plan, context_length)
 
     def open_(report: Report, show_progress: bool) -> tuple[Engine, float]:
-        from pipeline.engines.transformers import open_engine
+        from pipeline.engines.transformers import open_deterministic_engine, open_engine
         from pipeline.loading import load_model
 
         began = time.perf_counter()
         loaded = load_model(plan, show_progress=show_progress, report=report)
-        engine = open_engine(
+        engine = (open_deterministic_engine if spec.generation.deterministic else open_engine)(
             loaded.model,
             tokenizer(),
             thinking=encoder().thinking,

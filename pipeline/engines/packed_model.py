@@ -6,10 +6,11 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from pipeline.engines.recurrent import RecurrentStates, is_recurrent, packed_forward
+from pipeline.engines.row_invariant import row_invariant
 from pipeline.engines.slot_cache import NotServedError, SlotCache, Step
 
 if TYPE_CHECKING:
@@ -22,16 +23,18 @@ class PackedModel:
     """A model whose attention and recurrent layers ask a slot cache; `close` leaves it as it was.
 
     Raises NotServedError for a model whose attention cannot be replaced from outside. Whether the rest of it minds
-    packing is for a comparison with its own scores to say.
+    packing is for a comparison with its own scores to say. `row_by_row`: no token's numbers depend on what else is in
+    the step or on how its sequence was cut, bit for bit; NotServedError also for a model that cannot be computed so.
     """
 
-    def __init__(self, model: torch.nn.Module, num_slots: int) -> None:
+    def __init__(self, model: torch.nn.Module, num_slots: int, *, row_by_row: bool = False) -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
 
         self._model: Any = model
         self.vocabulary: int = model.config.get_text_config(decoder=True).vocab_size  # type: ignore
         self.device: torch.device = next(self._model.get_input_embeddings().parameters()).device
-        self.cache = SlotCache()
+        self.cache = SlotCache(row_by_row=row_by_row)
+        self._row_by_row = row_by_row
         self._states = RecurrentStates(num_slots)
         self._recurrent = [module for module in model.modules() if is_recurrent(module)]
         self._parameters = inspect.signature(model.forward).parameters
@@ -58,9 +61,13 @@ class PackedModel:
         trims = "logits_to_keep" in self._parameters
         if trims:
             inputs["logits_to_keep"] = places
-        with self._packing(step):
+        with self._packing(step), self.arithmetic():
             logits = self._model(**inputs).logits[0]
         return logits if trims else logits[places]
+
+    def arithmetic(self) -> AbstractContextManager[Any]:
+        """How rows of numbers are computed; also for what follows from the scores."""
+        return row_invariant() if self._row_by_row else nullcontext()
 
     @property
     def is_recurrent(self) -> bool:
@@ -71,8 +78,10 @@ class PackedModel:
     def _packing(self, step: Step) -> Generator[None]:
         """Within this block the model's layers ask the cache about this step; outside it is as it was."""
         config = self._model.config
-        before = config._attn_implementation
+        before, experts_before = config._attn_implementation, getattr(config, "_experts_implementation", None)
         config._attn_implementation = self._attention
+        if self._row_by_row and experts_before is not None:
+            config._experts_implementation = "eager"  # expert by expert, each a product that we know
         for module in self._recurrent:
             module.forward = packed_forward(module, self.cache, self._states)
         self.cache.step = step
@@ -81,6 +90,8 @@ class PackedModel:
         finally:
             self.cache.step = None
             config._attn_implementation = before
+            if self._row_by_row and experts_before is not None:
+                config._experts_implementation = experts_before
             for module in self._recurrent:
                 del module.forward
 

@@ -83,6 +83,43 @@ def difference_by_packing(model: Any, packed: PackedModel, token_ids: Sequence[i
     return _difference(found, wanted).item(), _rounding(found)
 
 
+def same_bits(packed: PackedModel, token_ids: Sequence[int]) -> bool:
+    """Whether the scores after each token of a prompt are the same numbers, however it is computed.
+
+    Whole and alone; in another slot, in parts of odd sizes beside other prompts; and its last tokens one by one.
+    """
+    import torch
+
+    short, long = _prompts(token_ids)
+    cut, single = len(long) // 3 | 1, max(1, len(long) - 3)
+    rooms = 0, len(long), 2 * len(long)
+    packed.cache.resize(3 * len(long))
+
+    def forward(*spans: tuple[int, int, Sequence[int], int, int]) -> Any:
+        """Scores after all tokens of the last of these: slot, room, prompt, first token and the one after the last."""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        kinds: tuple[list[Span], list[Span]] = [], []  # decoding, prefill
+        for slot, room, prompt, begin, end in spans:
+            kinds[not (begin and end - begin == 1 and not kinds[1])].append(
+                Span(slot, len(token_ids), end - begin, room, begin)
+            )
+            token_ids += prompt[begin:end]
+            positions += range(begin, end)
+        step = Step(*kinds, packed.device)
+        return packed.forward(token_ids, positions, step, range(len(token_ids) - (end - begin), len(token_ids)))
+
+    with torch.inference_mode():
+        whole = forward((0, rooms[0], long, 0, len(long)))
+        forward((0, rooms[1], short, 0, len(short) - 1))
+        parts = [
+            forward((0, rooms[1], short, len(short) - 1, len(short)), (1, rooms[2], long, 0, cut)),
+            forward((0, rooms[0], long[::-1], 0, 2), (1, rooms[2], long, cut, single)),
+            *(forward((1, rooms[2], long, at, at + 1)) for at in range(single, len(long))),
+        ]
+    return torch.equal(torch.cat(parts), whole)
+
+
 def _prompts(token_ids: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
     return token_ids[: max(1, len(token_ids) // 6)], token_ids
 

@@ -49,6 +49,9 @@ class Step:
         self.slots = whole_numbers([span.slot for span in decoding])  # this and the next two [decoding]
         self.starts = whole_numbers([span.start for span in decoding])
         self.lengths = whole_numbers([span.num_before + 1 for span in decoding])  # with the new token
+        # [tokens]: the same for each token, as if all were of sequences that decode
+        self.token_starts = whole_numbers([span.start for span in spans for _ in range(span.num_tokens)])
+        self.token_lengths = self.places - self.token_starts + 1
 
 
 class NotServedError(Exception):
@@ -56,9 +59,14 @@ class NotServedError(Exception):
 
 
 class SlotCache:
-    """Keys and values [tokens, heads, head size] for each attention layer, made when a layer first asks."""
+    """Keys and values [tokens, heads, head size] for each attention layer, made when a layer first asks.
 
-    def __init__(self) -> None:
+    `row_by_row`: the tokens of a prompt attend one by one, as those of an answer do, so that no bit of a token's
+    numbers depends on how its sequence was cut.
+    """
+
+    def __init__(self, *, row_by_row: bool = False) -> None:
+        self._row_by_row = row_by_row
         self.step: Step | None = None
         self._num_tokens = 0
         self._pools: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -96,6 +104,10 @@ class SlotCache:
         keys[step.places] = key[0].transpose(0, 1)
         values[step.places] = value[0].transpose(0, 1)
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        if self._row_by_row:
+            rows = query[0].transpose(0, 1)
+            starts, lengths = step.token_starts, step.token_lengths
+            return attend_one(rows, keys, values, starts, lengths, scale, sliding_window).unsqueeze(0), None
         output = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
         num_decoding = len(step.decoding)
         if num_decoding:

@@ -35,7 +35,8 @@ class SlotEngine:
     """At most `slots` sequences are live; all of their tokens, prompt and the longest answer, fit `cache_tokens`.
 
     A longer sequence runs alone. `window` requests wait beyond those that are live, for the longest of them to go
-    first. `report` takes sentences for the user. Raises NotServedError for a model that cannot be packed.
+    first. `report` takes sentences for the user. `deterministic`: answers are the same bit by bit whatever is computed
+    beside them. Raises NotServedError for a model that cannot be packed.
     """
 
     def __init__(
@@ -49,10 +50,12 @@ class SlotEngine:
         window: int,
         report: Callable[[str], None],
         step_tokens: int = STEP_TOKENS,
+        deterministic: bool = False,
     ) -> None:
         self._own = model
         self._tokenizer = tokenizer
-        self._model = PackedModel(model, max(slots, 2))  # the self-check takes two
+        # The self-check takes two.
+        self._model = PackedModel(model, max(slots, 2), row_by_row=deterministic)
         self._vocabulary = vocabulary_of(model, tokenizer, thinking)
         self._sampler = Sampler(slots, self._model.vocabulary, self._model.device)
         self._slots = slots
@@ -90,6 +93,10 @@ class SlotEngine:
     def self_check(self) -> tuple[float, float]:
         """How far packed scores are from the model's own for a few prompts, and how far rounding may take them."""
         return self_check.difference_by_packing(self._own, self._model, self._tokenizer(self_check.TEXT)["input_ids"])
+
+    def bits_check(self) -> bool:
+        """Whether scores of a few prompts are the same bit by bit alone, together and in parts."""
+        return self_check.same_bits(self._model, self._tokenizer(self_check.TEXT)["input_ids"])
 
     def _begin(self) -> None:
         self._in_flight = {}
@@ -164,7 +171,8 @@ class SlotEngine:
             if not giving:
                 return []
             slots = torch.tensor([seat.slot for seat in giving], device=scores.device)
-            return self._sampler.next_tokens(scores, slots, _forced(giving, scores.device)).tolist()
+            with self._model.arithmetic():
+                return self._sampler.next_tokens(scores, slots, _forced(giving, scores.device)).tolist()
 
     def _push(self, seat: Seat[Row], token: int) -> Completion | None:
         """Give a sequence its next token; the answer if that was the last."""

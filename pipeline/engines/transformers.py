@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 from pipeline.engines.padded import PaddedEngine
 from pipeline.engines.slot_cache import NotServedError
 from pipeline.engines.slots import SlotEngine
+from pipeline.errors import MachineError, Problem, SpecError
+from pipeline.kernels import row_linear
+from pipeline.kernels.native import native
 from pipeline.loading.quiet import quiet_libraries
 from pipeline.plan.streaming import STEP_TOKENS
 from pipeline.records import Engine
@@ -17,6 +20,51 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.prompting.encoder import ThinkingTags
+
+_FIELD = "generation.deterministic"
+
+
+def open_deterministic_engine(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    *,
+    thinking: ThinkingTags | None,
+    slots: int,
+    cache_tokens: int,
+    step_tokens: int = STEP_TOKENS,
+    report: Callable[[str], None],
+) -> Engine:
+    """The engine whose answers are the same bit by bit whatever the batch, the order, the slots or an interruption.
+
+    Raises SpecError for a model that it cannot promise this for, MachineError where there is no compiler.
+    """
+    if not row_linear.is_available():
+        why = native(row_linear.SOURCE).reason
+        raise MachineError(Problem(f"needs kernels that are compiled here, and {why}; install gcc", field=_FIELD))
+    try:
+        engine = SlotEngine(
+            model,
+            tokenizer,
+            thinking=thinking,
+            slots=slots,
+            cache_tokens=cache_tokens,
+            window=slots,
+            report=report,
+            step_tokens=step_tokens,
+            deterministic=True,
+        )
+        with quiet_libraries():
+            difference, rounding = engine.self_check()
+            why = f"packed, its scores differ from its own by {difference:.0%} of their spread"
+            if difference <= rounding:
+                if engine.bits_check():
+                    return engine
+                why = "in a self-check its scores changed with the prompts beside them"
+    except NotServedError as error:
+        why = str(error)
+    except (TypeError, ValueError, RuntimeError) as error:
+        why = f"{type(error).__name__}: {error}"
+    raise SpecError(Problem(f"cannot be promised for this model ({why}); leave it out", field=_FIELD))
 
 
 def open_engine(

@@ -106,7 +106,8 @@ class Placer:
         exact = self.spec.model.activation == "exact"
         if strategy == "no-gpu" and self.facts.can_unpack and exact and not self.spec.model.trust_remote_code:
             unpacked = self._fit(replace(fit.placement, form="unpacked"))
-            if self.unpacked_bytes(fit) <= self.unpacked_limit(fit) and not unpacked.short:
+            fits = not unpacked.short or self.spec.generation.deterministic
+            if self.unpacked_bytes(fit) <= self.unpacked_limit(fit) and fits:
                 return unpacked
         return fit
 
@@ -145,7 +146,13 @@ class Placer:
         return sum(map(replace(fit.placement, form="unpacked").bytes_of, self.facts.loaded_parts))
 
     def unpacked_limit(self, fit: Fit) -> int:
-        """The most that unpacked weights may take."""
+        """The most that unpacked weights may take.
+
+        Both forms round in their own way, so in deterministic mode the choice follows from the machine's whole memory:
+        what is free may be other when the run is resumed.
+        """
+        if self.spec.generation.deterministic:
+            return self.machine.memory_total_bytes // _UNPACK_SHARE
         return fit.budget("host").allowed_bytes // _UNPACK_SHARE
 
     def _fit(self, placement: Placement, share: int = 1, most_slots: int = MAX_SLOTS) -> Fit:

@@ -93,7 +93,8 @@ def make_plan(
     """Decide everything that the job leaves open; only the echo engine does without `facts`.
 
     Raises MachineError where the machine cannot hold what is asked, or may not run it (strict), with what is missing,
-    by part, and the nearest plan that fits; SpecError for a model that none of our loaders reads.
+    by part, and the nearest plan that fits; SpecError for a model that none of our loaders reads, and for deterministic
+    answers on a GPU.
     """
     if spec.model.engine == "echo":
         return _echo_plan(spec, machine)
@@ -101,6 +102,7 @@ def make_plan(
         raise ValueError("only the echo engine does without a model")
     _check_quantization(facts)
     strategy, why_strategy = _strategy(spec, machine, facts)
+    _check_deterministic(spec, strategy)
     placer = Placer(spec, machine, facts, _workload(spec, facts, stats))
     fit = placer.place(strategy)
     if fit.short:
@@ -124,6 +126,7 @@ def make_plan(
         _weights(placer, fit),
         *_experts(placer, placement, streaming),
         *([Decision("repacked weights", *why_repack_cache)] if why_repack_cache else []),
+        *_deterministic(spec),
         Decision("threads", str(num_threads), why_threads),
         Decision("slots", str(fit.slots), _why_slots(placer, fit)),
         Decision("cache tokens", str(fit.cache_tokens), _why_cache(placer, fit)),
@@ -229,6 +232,21 @@ def _activation(spec: JobSpec) -> Iterator[Decision]:
             "as asked: what goes into packed layers on the CPU is rounded to 8 bits, which changes answers a little"
         )
         yield Decision("activation", "int8", reason)
+
+
+def _check_deterministic(spec: JobSpec, strategy: LoadStrategy) -> None:
+    if spec.generation.deterministic and strategy != "no-gpu":
+        message = (
+            f"is promised on a CPU only, and {strategy} computes on a GPU, whose libraries choose the order of sums by "
+            "the size of the batch; set model.load_strategy: no-gpu, or leave it out"
+        )
+        raise SpecError(Problem(message, field="generation.deterministic"))
+
+
+def _deterministic(spec: JobSpec) -> Iterator[Decision]:
+    if spec.generation.deterministic:
+        reason = "each row is summed in one order, whatever is beside it: the same bits in any batch; slower prompts"
+        yield Decision("arithmetic", "row by row", reason)
 
 
 def _strategy(spec: JobSpec, machine: Machine, facts: ModelFacts) -> tuple[LoadStrategy, str]:

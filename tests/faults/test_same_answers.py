@@ -87,11 +87,11 @@ def test_with_one_generator_the_other_lines_matter(tmp_path: Path, trials: Trial
     assert trials.is_caught(13, "one generator, other lines", found, "another answer")
 
 
-def real_job(directory: Path, temperature: float) -> Path:
+def real_job(directory: Path, temperature: float, *, path: str = "builtin:smollm2-135m", **more: Any) -> Path:
     directory.mkdir()
     prompts = [{"prompt": f"Tell me {'more ' * (index % 4)}about the number {index}."} for index in range(24)]
-    generation = {"max_new_tokens": 12, "temperature": temperature, "ignore_eos": True}
-    model = {"engine": "transformers", "path": "builtin:smollm2-135m"}
+    generation = {"max_new_tokens": 12, "temperature": temperature, "ignore_eos": True} | more
+    model = {"engine": "transformers", "path": path}
     return write_job(directory, prompts, model=model, generation=generation, batch={"slots": 4})
 
 
@@ -110,3 +110,22 @@ def test_of_a_real_model_too(tmp_path: Path, trials: Trials, temperature: float)
         found = answers_of(job.with_name("out.jsonl"))
         for old, new in zip(expected, found, strict=True):
             assert json.dumps(old["completion"]) == json.dumps(new["completion"]), (number, old["index"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["builtin:smollm2-135m", "builtin:tiny-qwen3-next"])
+def test_deterministic_answers_of_a_real_model_are_the_same_with_other_slots_too(
+    tmp_path: Path, trials: Trials, path: str
+) -> None:
+    """Every session has another number of slots, and takes up the tokens that the one before left."""
+    whole = real_job(tmp_path / "whole", 0.7, path=path, deterministic=True, max_new_tokens=48)
+    assert overnight("run", whole, "--set", "batch.slots=24").returncode == 0
+    expected = answers_of(whole.with_name("out.jsonl"))
+    for number, chance in enumerate(trials.seeds(13, 40, 2)):
+        job = real_job(tmp_path / str(number), 0.7, path=path, deterministic=True, max_new_tokens=48)
+        operational = ("--set", "run.save_unfinished=1s", "--set", f"batch.slots={chance.randint(1, 12)}")
+        process = start("run", job, *operational)
+        wait_until(lambda directory=job.parent: is_generating(directory))
+        kill_after(process, chance.uniform(0, 6))
+        assert overnight("run", job).returncode == 0
+        assert answers_of(job.with_name("out.jsonl")) == expected, number
