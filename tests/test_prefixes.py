@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.engines.kept_prefix import KeptPrefix, common_prefix
 from pipeline.engines.prefixes import LEAST_SHARED_TOKENS, Prefixes
 from pipeline.engines.schedule import Schedule
 from tests.tiny_models import PACKED, answers, engine_of, prompts, request, tampered, texts, tiny_model
@@ -78,6 +79,63 @@ def test_everyone_comes_to_the_end_and_borrows_only_what_is_its_own_and_computed
     assert [row.given for row in rows] == [row.answer for row in rows]
 
 
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 60), st.integers(1, 30)), max_size=12), st.integers(0, 70))
+def test_the_common_prefix_saves_most_and_leaves_each_a_token(shapes: list[tuple[int, int, int]], length: int) -> None:
+    prompts = [(7,) * length + (group,) * shared + (8,) * rest for group, shared, rest in shapes]
+    prefix = common_prefix(prompts)
+    if not prefix:
+        return
+    sharing = [prompt for prompt in prompts if prompt[: len(prefix)] == prefix]
+    assert len(sharing) >= 2
+    assert any(len(prompt) > len(prefix) for prompt in sharing)
+    if length >= 32 and len(prompts) >= 2:
+        assert len(prefix) * (len(sharing) - 1) >= length * (len(prompts) - 1)
+
+
+def test_a_common_prefix_is_found_beside_prompts_that_do_not_share_it() -> None:
+    shared = tuple(range(100, 160))
+    prompts = [(*shared, place, 1, 2) for place in range(9)] + [(5, 6), tuple(range(50)), (300,) * 80]
+    assert common_prefix(prompts) == shared
+    assert common_prefix(prompts[-3:]) == common_prefix([]) == ()
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(1, 20), st.integers(1, 6)), min_size=1, max_size=20),
+    st.integers(60, 300),
+)
+def test_a_kept_prefix_is_lent_whole_and_gives_way(shapes: list[tuple[bool, int, int]], room: int) -> None:
+    """It never gives a token, and a request that needs its room gets it."""
+    shared = (7,) * 40
+    schedule: Schedule[Prompt | KeptPrefix] = Schedule(num_slots=3, room_tokens=room)
+    prefixes: Prefixes[Prompt | KeptPrefix] = Prefixes(latest_only=True)
+    rows = [Prompt((shared if shares else ()) + (1,) * rest, answer) for shares, rest, answer in shapes]
+    for row in rows:
+        schedule.add(row)
+    schedule.keep(KeptPrefix(shared))
+    for _ in range(2_000):
+        for seat in schedule.admit():
+            prefixes.add(seat, schedule.kept)
+        if not schedule.live:
+            break
+        for loan in prefixes.settle():
+            assert loan.lender is schedule.kept
+            assert loan.lender.computed == loan.num_tokens == len(shared), "whole, and nothing after it"
+            loan.borrower.computed = loan.num_tokens
+        parts = schedule.parts(16, prefixes.held)
+        assert parts
+        for part in parts:
+            part.seat.computed = part.end
+            assert part.end <= part.seat.size
+            if part.gives_token:
+                row = part.seat.row
+                assert isinstance(row, Prompt)
+                row.given += 1
+                if row.given == row.answer:
+                    schedule.release(part.seat)
+                    prefixes.remove(part.seat)
+    assert [row.given for row in rows] == [row.answer for row in rows]
+
+
 @pytest.mark.parametrize("name", PACKED)
 def test_answers_of_prompts_that_begin_alike_are_those_of_each_alone(name: str) -> None:
     tails = [[], *prompts(10, seed=6)]
@@ -92,9 +150,10 @@ def test_answers_of_prompts_that_begin_alike_are_those_of_each_alone(name: str) 
         assert texts(found) == whole
 
 
-def test_what_is_shared_is_computed_once() -> None:
+@pytest.mark.parametrize("name", ["llama", "qwen3-next", "qwen3.5"])
+def test_what_is_shared_is_computed_once(name: str) -> None:
     sizes: list[int] = []
-    model = tampered(lambda ids: sizes.append(ids.shape[1]))
+    model = tampered(lambda ids: sizes.append(ids.shape[1]), name=name)
     requests = [request(index, [*SHARED, index], max_new_tokens=3 + index, ignore_eos=True) for index in range(9)]
     answers(engine_of(model, engine="slots", slots=3), requests)
     assert sum(sizes) == len(SHARED) + 9 + sum(2 + index for index in range(9))
@@ -110,6 +169,41 @@ def test_a_lender_that_fails_leaves_its_borrowers_their_answers() -> None:
     found = answers(engine_of(tampered(refuse), engine="slots", slots=6), requests)
     assert found.pop((0, 0)).error
     assert texts(found) == texts(answers(engine_of(tiny_model("llama")), requests[1:]))
+
+
+def test_a_kept_prefix_whose_step_fails_costs_nobody_an_answer() -> None:
+    calls = 0
+
+    def fail_first(_: torch.Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise RuntimeError("once")
+
+    requests = [request(index, [*SHARED, index], max_new_tokens=6) for index in range(6)]
+    found = answers(engine_of(tampered(fail_first, name="qwen3-next"), engine="slots"), requests)
+    assert texts(found) == texts(answers(engine_of(tiny_model("qwen3-next")), requests))
+
+
+def test_another_instruction_takes_the_place_of_one_that_nobody_has_any_more() -> None:
+    sizes: list[int] = []
+    model = tampered(lambda ids: sizes.append(ids.shape[1]), name="qwen3-next")
+    other = [90 + place % 50 for place in range(48)]
+    requests = [request(index, [*SHARED, index], max_new_tokens=2, ignore_eos=True) for index in range(20)]
+    requests += [request(20 + index, [*other, index], max_new_tokens=2, ignore_eos=True) for index in range(40)]
+    found = answers(engine_of(model, engine="slots", slots=2, window=2), requests)
+    assert texts(found) == texts(answers(engine_of(tiny_model("qwen3-next")), requests))
+    whole = sum(len(one.token_ids) + 1 for one in requests)
+    assert sum(sizes) < whole / 4, "both instructions are computed a few times, not sixty"
+
+
+def test_what_is_borrowed_is_read_of_states_too() -> None:
+    """A control: without the copies of states the borrowers answer otherwise."""
+    engine = engine_of(tiny_model("qwen3-next"), engine="slots")
+    requests = [request(index, [*SHARED, index], max_new_tokens=6) for index in range(4)]
+    expected = texts(answers(engine, requests))
+    engine._model._states.copy = lambda *_: None
+    assert texts(answers(engine, requests)) != expected
 
 
 def test_what_is_borrowed_is_read() -> None:

@@ -7,7 +7,7 @@ import inspect
 import itertools
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.engines.recurrent import RecurrentStates, is_recurrent, packed_forward
 from pipeline.engines.row_invariant import row_invariant
@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     import torch
 
 _names = itertools.count()
+
+
+class Place(Protocol):
+    """Where a sequence's context lies: its slot, and its room in the cache."""
+
+    slot: int
+    start: int
 
 
 class PackedModel:
@@ -35,7 +42,7 @@ class PackedModel:
         self.device: torch.device = next(self._model.get_input_embeddings().parameters()).device
         self.cache = SlotCache(row_by_row=row_by_row)
         self._row_by_row = row_by_row
-        self._states = RecurrentStates(num_slots)
+        self._states = RecurrentStates(num_slots + 1)  # the last is that of a kept prefix
         self._recurrent = [module for module in model.modules() if is_recurrent(module)]
         self._parameters = inspect.signature(model.forward).parameters
         # Names, because transformers keeps attention functions in a table for the whole process.
@@ -64,6 +71,12 @@ class PackedModel:
         with self._packing(step), self.arithmetic():
             logits = self._model(**inputs).logits[0]
         return logits if trims else logits[places]
+
+    def copy(self, source: Place, target: Place, num_tokens: int) -> None:
+        """Give one sequence what another knows of its first tokens; of recurrent states, all that it knows."""
+        self.cache.copy(source.start, target.start, num_tokens)
+        if self._recurrent:
+            self._states.copy(source.slot, target.slot)
 
     def arithmetic(self) -> AbstractContextManager[Any]:
         """How rows of numbers are computed; also for what follows from the scores."""

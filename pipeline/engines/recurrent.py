@@ -38,10 +38,13 @@ class RecurrentStates:
 
     def copy(self, source: int, target: int) -> None:
         """Give one slot the states of another."""
-        for layer in self._layers.values():
-            layer.copy(source, target)
-        for pool in (*self.convolution.values(), *self.recurrent.values()):
-            pool[target] = pool[source]
+        import torch
+
+        with torch.inference_mode():
+            for layer in self._layers.values():
+                layer.copy(source, target)
+            for pool in (*self.convolution.values(), *self.recurrent.values()):
+                pool[target] = pool[source]
 
     def write(self, pools: _Pools, key: tuple[int, int], slots: torch.Tensor, state: torch.Tensor) -> None:
         """Set the state [rows, ...] of these slots."""

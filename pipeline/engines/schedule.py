@@ -86,11 +86,16 @@ class Room:
 
 
 class Schedule(Generic[T]):
-    """At most `num_slots` requests at a time in `room_tokens` of cache; `most_rows` may be lowered for a while."""
+    """At most `num_slots` requests at a time in `room_tokens` of cache; `most_rows` may be lowered for a while.
+
+    Beside them one prefix may be kept, in a slot after theirs and in room of theirs, which it leaves to a request that
+    would have to run alone otherwise.
+    """
 
     def __init__(self, *, num_slots: int, room_tokens: int) -> None:
         self.num_slots = self.most_rows = num_slots
         self.live: dict[int, Seat[T]] = {}
+        self.kept: Seat[T] | None = None
         self._room = self._usual_room = Room(room_tokens)
         self._free_slots = list(range(num_slots - 1, -1, -1))  # the lowest is taken first
         self._waiting: list[T] = []  # the longest last
@@ -107,6 +112,20 @@ class Schedule(Generic[T]):
 
     def add(self, row: T) -> None:
         insort(self._waiting, row, key=_size)
+
+    def keep(self, row: T) -> None:
+        """Keep this prefix, if that leaves room for the longest that waits."""
+        longest = self._waiting[-1].num_most if self._waiting else 0
+        if self.kept is None and self._room is self._usual_room and row.num_most + longest <= self._room.size:
+            start = self._room.take(row.num_most)
+            if start is not None:
+                self.kept = Seat(row, self.num_slots, start, row.num_most)
+
+    def drop_kept(self) -> None:
+        """The prefix is of no more use, or in the way."""
+        if self.kept is not None:
+            self._usual_room.give_back(self.kept.start, self.kept.size)
+            self.kept = None
 
     def admit(self) -> list[Seat[T]]:
         """Give slots and room to those that wait, as far as both reach."""
@@ -126,14 +145,15 @@ class Schedule(Generic[T]):
         alone = next((seat for seat in self.live.values() if seat.row.alone), None)
         decoding: list[Part[T]] = []
         beginning: list[Part[T]] = []
-        for seat in self.live.values() if alone is None else (alone,):
+        kept = () if self.kept is None or self.kept.computed == self.kept.size else (self.kept,)
+        for seat in (*kept, *self.live.values()) if alone is None else (alone,):
             if seat.slot in held:
                 continue
             left = seat.row.num_known - seat.computed
             if left == 1 and seat.computed:
                 decoding.append(Part(seat, seat.computed, seat.computed + 1))
             else:
-                beginning.append(Part(seat, seat.computed, seat.row.num_known))
+                beginning.append(Part(seat, seat.computed, min(seat.row.num_known, seat.size)))
         budget = max(budget - len(decoding), 1)
         prefill: list[Part[T]] = []
         for part in sorted(beginning, key=lambda part: part.seat.row.num_known - part.begin):
@@ -158,8 +178,11 @@ class Schedule(Generic[T]):
             row = self._waiting[place]
             start = self._room.take(row.num_most)
             if start is None and not self.live and place == len(self._waiting) - 1:
-                self._room = Room(row.num_most)  # longer than the whole cache: it runs alone
+                self.drop_kept()
                 start = self._room.take(row.num_most)
+                if start is None:
+                    self._room = Room(row.num_most)  # longer than the whole cache: it runs alone
+                    start = self._room.take(row.num_most)
             if start is None:
                 self._num_passes += place == len(self._waiting) - 1
                 if self._num_passes > _MOST_PASSES:

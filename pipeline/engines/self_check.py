@@ -106,8 +106,9 @@ def same_bits(packed: PackedModel, token_ids: Sequence[int]) -> bool:
             )
             token_ids += prompt[begin:end]
             positions += range(begin, end)
-        step = Step(*kinds, packed.device)
-        return packed.forward(token_ids, positions, step, range(len(token_ids) - (end - begin), len(token_ids)))
+        num_last = spans[-1][4] - spans[-1][3]
+        wanted = range(len(token_ids) - num_last, len(token_ids))
+        return packed.forward(token_ids, positions, Step(*kinds, packed.device), wanted)
 
     with torch.inference_mode():
         whole = forward((0, rooms[0], long, 0, len(long)))

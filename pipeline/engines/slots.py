@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.engines import self_check
 from pipeline.engines.failures import NOT_FINITE, is_fatal, item_error, release_memory
 from pipeline.engines.headroom import Headroom
+from pipeline.engines.kept_prefix import KeptPrefix, LatestPrompts
 from pipeline.engines.packed_model import PackedModel
 from pipeline.engines.prefixes import Prefixes
 from pipeline.engines.row import Row
@@ -100,9 +101,10 @@ class SlotEngine:
 
     def _begin(self) -> None:
         self._in_flight = {}
-        self._schedule: Schedule[Row] = Schedule(num_slots=self._slots, room_tokens=self._cache_tokens)
+        self._schedule: Schedule[Any] = Schedule(num_slots=self._slots, room_tokens=self._cache_tokens)
         self._schedule.most_rows = self._rows.most
-        self._prefixes: Prefixes[Row] = Prefixes()
+        self._prefixes: Prefixes[Any] = Prefixes(latest_only=self._model.is_recurrent)
+        self._latest = LatestPrompts(self._slots)
 
     def _take(self, requests: Iterator[Request]) -> Iterator[Completion]:
         """Let requests in until as many wait as may; answers that an earlier session finished are given at once."""
@@ -117,19 +119,28 @@ class SlotEngine:
                 yield row.completion()
             else:
                 self._schedule.add(row)
+                self._latest.add(row.prompt)
+
+    def _drop_kept(self) -> None:
+        if (kept := self._schedule.kept) is not None:
+            self._schedule.drop_kept()
+            self._prefixes.remove(kept)
 
     def _admit(self) -> None:
+        kept = self._schedule.kept
+        if self._model.is_recurrent and (prefix := self._latest.better_prefix(kept.row.prompt if kept else ())):
+            self._drop_kept()
+            self._schedule.keep(KeptPrefix(prefix))
         for seat in self._schedule.admit():
             request, reply = seat.row.request, seat.row.reply
             key = stream_key(request.settings.seed, request.item.index, request.sample)
             self._sampler.assign(seat.slot, request.settings, key, request.token_ids, reply.tokens)
-            if not self._model.is_recurrent:
-                self._prefixes.add(seat)
+            self._prefixes.add(seat, self._schedule.kept)
         self._model.cache.resize(self._schedule.room_tokens)
 
     def _step(self) -> Generator[Completion | None]:
         for loan in self._prefixes.settle():
-            self._model.cache.copy(loan.lender.start, loan.borrower.start, loan.num_tokens)
+            self._model.copy(loan.lender, loan.borrower, loan.num_tokens)
             loan.borrower.computed = loan.num_tokens
         parts = self._schedule.parts(self._step_tokens.most, self._prefixes.held)
         for part in parts:
@@ -196,14 +207,18 @@ class SlotEngine:
 
     def _release(self, seat: Seat[Row]) -> None:
         self._schedule.release(seat)
-        if not self._model.is_recurrent:
-            self._prefixes.remove(seat)
+        self._prefixes.remove(seat)
 
     def _begin_anew(self, parts: Sequence[Part[Row]], exception: Exception) -> Iterator[Completion]:
         """After a step failed: its sequences are computed again from their first token, fewer together or alone.
 
         Their tokens so far are kept. One that failed alone is answered with the error.
         """
+        if any(part.seat is self._schedule.kept for part in parts):
+            parts = [part for part in parts if part.seat is not self._schedule.kept]
+            self._drop_kept()
+            if not parts:  # nobody's answer was in this step
+                return
         rows = [part.seat.row for part in parts]
         num_tokens = sum(part.end - part.begin for part in parts)
         error = item_error(exception, *max((row.num_known, row.num_most - row.num_known) for row in rows))

@@ -14,6 +14,7 @@ LoadStrategy: TypeAlias = Literal["no-gpu", "min-gpu", "max-gpu"]
 Form: TypeAlias = Literal["stock", "packed", "unpacked"]
 
 MAX_SLOTS = 256  # beyond this a step gains little: the products of matrices are near their peak
+KEPT_STATES = 1  # beside those of the slots: of what prompts begin with alike, for recurrent layers
 _MIB = 1 << 20
 # Measured on Linux: the interpreter with torch and transformers imported; the CUDA libraries and the context on top.
 _RUNTIME_BYTES = {"host": 700 * _MIB, "gpu": 600 * _MIB}
@@ -122,7 +123,7 @@ def batch_needs(
     work = cache_tokens * _work_bytes_per_token(facts, placement, workload) + slots * _logit_bytes(facts)
     needs = {
         _CACHE: cache_tokens * facts.kv_bytes_per_token(placement.value_bytes),
-        _STATE: slots * facts.state_bytes_per_sequence(placement.value_bytes),
+        _STATE: (slots + KEPT_STATES) * facts.state_bytes_per_sequence(placement.value_bytes),
         _WORK: work,
     }
     return [Need(placement.device, part, num_bytes) for part, num_bytes in needs.items() if num_bytes]
@@ -135,8 +136,9 @@ def total(needs: Iterable[Need], device: Device) -> int:
 
 def slots_that_fit(facts: ModelFacts, placement: Placement, workload: Workload, left_bytes: int) -> int:
     """How many typical sequences `left_bytes` on the placement's device hold; may be 0."""
-    one = total(batch_needs(facts, placement, workload, 1, workload.tokens), placement.device)
-    return max(0, left_bytes) // one
+    fixed = total(batch_needs(facts, placement, workload, 0, 0), placement.device)
+    one = total(batch_needs(facts, placement, workload, 1, workload.tokens), placement.device) - fixed
+    return max(0, left_bytes - fixed) // one
 
 
 def tokens_that_fit(facts: ModelFacts, placement: Placement, workload: Workload, slots: int, left_bytes: int) -> int:
