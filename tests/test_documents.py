@@ -127,26 +127,3 @@ def test_continuous_integration_runs_the_test_command_of_the_readme() -> None:
     assert "make test" in (REPOSITORY / "README.md").read_text()
     assert (REPOSITORY / ".ci/run").read_text().rstrip().endswith("make test")
     assert json.loads((REPOSITORY / "jobs/job.schema.json").read_text())["type"] == "object"
-
-
-def test_the_guide_to_plan_and_report_does_what_it_says(tmp_path: Path) -> None:
-    guide = (REPOSITORY / "docs/plan-and-report.md").read_text()
-    for folder in ("jobs", "examples"):
-        shutil.copytree(REPOSITORY / folder, tmp_path / folder)
-    job = tmp_path / "jobs/rehearsal-echo.yaml"
-    job.write_text(job.read_text().replace("delay: 20ms", "delay: 1ms"))
-    commands = [
-        line.split()[1:] for block in re.findall(r"```sh\n(.*?)```", guide, re.S) for line in block.splitlines()
-    ]
-    assert len(commands) == 6
-    said = ""
-    for words in commands:
-        done = overnight(*words, cwd=tmp_path, OVERNIGHT_CACHE=str(tmp_path / "cache"))
-        assert done.returncode == 0, done.stderr
-        said += done.stdout
-    for line in re.findall(r"```text\n(.*?)```", guide, re.S)[0].splitlines():
-        assert line.strip() in said
-    assert (tmp_path / "runs/rehearsal-echo.jsonl.report.html").exists()
-    assert (tmp_path / "runs/night.html").exists() and (tmp_path / "runs/night.png").exists()
-    for image in re.findall(r"\]\((images/[^)]+)\)", guide):
-        assert (REPOSITORY / "docs" / image).stat().st_size < 300_000
