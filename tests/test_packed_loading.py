@@ -41,8 +41,14 @@ LINEAR = {
     **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
     **{"linear_conv_kernel_dim": 4, "shared_expert_intermediate_size": 64},
 }
-ALL_8 = {"bits": 8, "group_size": 32, "sym": True}
-RECIPE = INT4 | {"extra_config": {".*self_attn.*": ALL_8, ".*shared_expert\\.": ALL_8, ".*in_proj_ba": {"bits": 16}}}
+ALL_8 = {"bits": 8, "group_size": 32, "sym": True, "data_type": "int"}
+RECIPE = INT4 | {
+    "extra_config": {
+        ".*self_attn.*": ALL_8,
+        ".*shared_expert\\.": ALL_8,
+        ".*in_proj_ba": {"bits": 16, "data_type": "float"},
+    }
+}
 
 
 def config(like: str, **changes: Any) -> dict[str, Any]:

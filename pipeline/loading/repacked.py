@@ -129,7 +129,7 @@ class RepackedSource:
         codes, scales = (self._tensor(f"{name}.{leaf}") for leaf in _LINEAR)
         return PackedWeight(codes, scales, self._bits[name])
 
-    def plain_linear(self, name: str, module: Any) -> PlainWeight | None:
+    def plain_linear(self, name: str, module: Any, /) -> PlainWeight | None:
         if f"{name}.{_BLOCKS}" not in self._stored:
             return None
         return PlainWeight(self._tensor(f"{name}.{_BLOCKS}"), module.out_features, self._bits[name])
@@ -252,7 +252,8 @@ def _write(directory: Path, model: Any, num_bytes: int, progress: Progress) -> N
     with (directory / _WEIGHTS).open("wb", buffering=0) as file:
         file.write(_header(contents))
         for one, tensor in zip(contents, _values(model), strict=True):
-            data = memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+            values: Any = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+            data = memoryview(values)
             starts[one.name] = zlib.crc32(data[:_START_BYTES])
             for at in range(0, len(data), _PIECE_BYTES):
                 piece = data[at : at + _PIECE_BYTES]

@@ -47,7 +47,7 @@ class WeightSource(Protocol):
 
     def linear(self, name: str) -> PackedWeight: ...
 
-    def plain_linear(self, name: str, module: Any) -> PlainWeight | None:
+    def plain_linear(self, name: str, module: Any, /) -> PlainWeight | None:
         """A layer that is not packed in the kernel's own layout; None where that has to be made of `plain`."""
         ...
 
@@ -95,7 +95,7 @@ class CheckpointSource:
         self._wanted += self._matrices(name, weight)
         return weight
 
-    def plain_linear(self, _name: str, _module: Any) -> None:
+    def plain_linear(self, _name: str, _module: Any, /) -> None:
         return None
 
     def experts(self, name: str, module: Any) -> LayerWeights:
