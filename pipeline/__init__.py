@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.job import Outcome, run_job
+    from pipeline.job import run_job
+    from pipeline.outcome import Outcome
     from pipeline.output.results import read_results
     from pipeline.spec.job_file import load_spec as load_job
     from pipeline.spec.keys import JobSpec
@@ -16,7 +17,7 @@ __all__ = ["JobSpec", "Outcome", "load_job", "read_results", "run_job"]
 
 _HOMES = {
     "JobSpec": ("pipeline.spec.keys", "JobSpec"),
-    "Outcome": ("pipeline.job", "Outcome"),
+    "Outcome": ("pipeline.outcome", "Outcome"),
     "load_job": ("pipeline.spec.job_file", "load_spec"),
     "read_results": ("pipeline.output.results", "read_results"),
     "run_job": ("pipeline.job", "run_job"),

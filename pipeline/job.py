@@ -5,23 +5,26 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline import __version__
 from pipeline.bandwidth import read_speed
-from pipeline.errors import EXIT_OK, EXIT_SOME_FAILED, StoppedError
+from pipeline.errors import BusyError, OvernightError, StoppedError
 from pipeline.forecast.census import FIRST_LINES, take_sample
 from pipeline.forecast.forecast import Forecast
 from pipeline.forecast.session import Expectation
 from pipeline.ledger.files import Patience, RunPaths
 from pipeline.ledger.identity import LIMIT, SHARD, Identity
-from pipeline.ledger.ledger import Ledger, Summarize
+from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.recovery import Resume, find_finished
 from pipeline.ledger.upload import Upload
 from pipeline.ledger.witness import Witness
+from pipeline.metrics import Metrics
+from pipeline.notice import facts_of_end, notify
+from pipeline.outcome import Outcome, concluding, finished, plan_facts, summary_facts, tell_end
 from pipeline.output import choose_form, kept_fields
 from pipeline.output.native import render
 from pipeline.probe import count_oom_kills, memory_held, memory_left
@@ -33,10 +36,10 @@ from pipeline.source.inputs import InputFile, expand_inputs
 from pipeline.source.line_parser import LineParser
 from pipeline.source.lines import InputDigest, digest_inputs, read_lines
 from pipeline.source.shard import Shard, run_output
-from pipeline.spec.fingerprint import fingerprint, fingerprint_fields
+from pipeline.spec.fingerprint import fingerprint_fields
 from pipeline.spec.keys import JobSpec
 from pipeline.stop import Stop
-from pipeline.summary import Session, Tally, summarize
+from pipeline.summary import Tally
 from pipeline.watch import Watch
 
 if TYPE_CHECKING:
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
+_LIBRARIES = ("torch", "transformers", "auto-round", "tokenizers", "safetensors")
 _TOLD_DECISIONS = (
     "load strategy",
     "dtype",
@@ -55,16 +59,6 @@ _TOLD_DECISIONS = (
     "experts",
     "slots",
 )  # of the plan, at the start of a run
-_LIBRARIES = ("torch", "transformers", "auto-round", "tokenizers", "safetensors")
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a run ended: exit code 0, 3 (some lines are answered with an error) or 75 (stopped; the same resumes)."""
-
-    exit_code: int
-    output: Path
-    summary: Mapping[str, Json] | None  # of a finished run
 
 
 def run_job(
@@ -88,10 +82,30 @@ def run_job(
     stop = stop or Stop()
     stop.limit(spec.run.time_limit)
     with stop.signals():
-        outcome = _run(spec, limit, shard, stop, say, fresh=fresh, retry=retry, quiet=quiet)
-        if outcome.summary is not None and shard is None:
-            copy_output(spec, stop, say)
+        metrics = Metrics.of(spec, shard, say)
+        try:
+            outcome = _run(spec, limit, shard, stop, say, metrics, fresh=fresh, retry=retry, quiet=quiet)
+            if outcome.summary is not None and shard is None:
+                copy_output(spec, stop, say)
+        except BusyError:  # the end of that run is for its own process to tell
+            raise
+        except Exception as error:
+            code = error.exit_code if isinstance(error, OvernightError) else OvernightError.exit_code
+            outcome = Outcome(code, run_output(spec.output.file, shard), None)
+            _announce(spec, shard, outcome, metrics, say, str(error))
+            raise
+        if outcome.is_news:
+            _announce(spec, shard, outcome, metrics, say)
     return outcome
+
+
+def _announce(
+    spec: JobSpec, shard: Shard | None, outcome: Outcome, metrics: Metrics, say: Say, message: str = ""
+) -> None:
+    """Tell those who wait for the end of the run."""
+    metrics.end(outcome.exit_code)
+    if spec.run.on_finish is not None:
+        notify(spec.run.on_finish, facts_of_end(spec, shard, outcome, message), say)
 
 
 def copy_output(spec: JobSpec, stop: Stop, say: Say) -> None:
@@ -113,6 +127,7 @@ def _run(
     shard: Shard | None,
     stop: Stop,
     say: Say,
+    metrics: Metrics,
     *,
     fresh: bool,
     retry: bool,
@@ -132,7 +147,7 @@ def _run(
         summary = None if fresh else find_finished(output, identity, resume=resume)
     if summary is not None and not (retry and summary["failed"]):
         say(f"{output} is finished already; {'there is nothing to retry' if retry else 'nothing was done'}")
-        return finished(output, summary)
+        return replace(finished(output, summary), is_news=False)
     with stop.interrupting("preparing"):
         if shard is None and is_remote(spec.output.path):
             upload_of(spec).refuse_stranger()
@@ -140,7 +155,7 @@ def _run(
         plan, choice = prepare(spec, facts, files=files)
         apply_environment(plan)
         encoder = choice.encoder()
-    expectation = Expectation(spec, plan, library_versions(plan.engine))
+    expectation = Expectation(spec, plan, versions := library_versions(plan.engine))
     watch = Watch(stop, stall_timeout_s=spec.run.stall_timeout, memory=memory_left, say=say)
     witness = Witness(RunPaths(output).log, oom_kills=count_oom_kills, memory_held=memory_held)
     with (
@@ -161,6 +176,7 @@ def _run(
             num_done = before.completed + before.failed
             forecast = expectation.forecast(ledger.items, num_done, files, encoder.encode)
             _say_beginning(ledger, plan, forecast, output, say)
+            metrics.begin(ledger.num_answers, plan.slots, ledger.tally, ledger.sessions)
             runner = Runner(
                 encode=encoder.encode,
                 engine=None,
@@ -169,7 +185,7 @@ def _run(
                 num_samples=spec.generation.num_samples,
                 stop=stop,
                 beat=watch.beat,
-                observe=_silence,
+                observe=lambda _tally, _num_in_flight: None,
                 max_attempts=spec.run.max_attempts,
                 save_unfinished_s=spec.run.save_unfinished,
             )
@@ -177,7 +193,7 @@ def _run(
                 engine = _load(choice, ledger, expectation.conditions(forecast), stop, say)
                 progress = Progress(ledger.num_answers, ledger.tally, quiet=quiet)
                 with closing(progress), closing(engine), watch.watching(log):
-                    runner = replace(runner, engine=engine, observe=progress.show)
+                    runner = replace(runner, engine=engine, observe=_observer(ledger, progress, metrics))
                     if ledger.has_suspects:
                         say("a fault ended an earlier session: what was in flight is tried one by one")
                         runner.run_alone(_prompts(spec, parser, files, limit, ledger.next_suspect_item))
@@ -187,11 +203,32 @@ def _run(
             expectation.learn(before, ledger.tally, ledger.sessions[-1])
             say(f"stopped ({stop.reason}); run the same command again to resume")
             return Outcome(StoppedError.exit_code, output, None)
-        told = summary_facts(spec, ledger.input_sha256, _plan_facts(plan))
+        told = summary_facts(spec, ledger.input_sha256, plan_facts(plan, versions))
         summary = ledger.publish(concluding(told), summary_line=spec.output.summary_line, form=form)
         expectation.learn(before, ledger.tally, ledger.sessions[-1])
+        metrics.show(ledger.tally, ledger.sessions, 0)
     tell_end(output, summary, say)
     return finished(output, summary)
+
+
+def library_versions(engine: str) -> dict[str, str]:
+    """Of overnight, Python and the libraries that the engine computes with."""
+    import platform
+    from importlib.metadata import version
+
+    libraries = () if engine == "echo" else _LIBRARIES
+    ours = {"overnight": __version__, "python": platform.python_version()}
+    return ours | {name: version(name) for name in libraries}
+
+
+def _observer(ledger: Ledger, progress: Progress, metrics: Metrics) -> Callable[[Tally, int], None]:
+    """Shows what each commit has come to."""
+
+    def observe(tally: Tally, num_in_flight: int) -> None:
+        progress.show(tally)
+        metrics.show(tally, ledger.sessions, num_in_flight)
+
+    return observe
 
 
 def locate_model(spec: JobSpec, say: Say, *, quiet: bool) -> tuple[ModelFacts | None, str | None]:
@@ -300,50 +337,6 @@ def _prompts(
     return map(parser.parse, lines)
 
 
-def _plan_facts(plan: Plan) -> dict[str, Json]:
-    return {
-        "engine": plan.engine,
-        "load_strategy": plan.load_strategy,
-        "versions": library_versions(plan.engine),
-    }
-
-
-def summary_facts(spec: JobSpec, input_sha256: str, done_with: Mapping[str, Json]) -> dict[str, Json]:
-    """What the summary says beside the figures; `done_with` is what computed them."""
-    return {
-        "job": spec.name,
-        "engine": done_with["engine"],
-        "load_strategy": done_with["load_strategy"],
-        "spec_fingerprint": fingerprint(spec),
-        "input_sha256": input_sha256,
-        "versions": done_with["versions"],
-    }
-
-
-def concluding(told: Mapping[str, Json]) -> Summarize:
-    """Makes the summary of a run of which `told` is what is not counted."""
-
-    def conclude(tally: Tally, sessions: Sequence[Session], output_sha256: str) -> Mapping[str, Json]:
-        return summarize(tally, sessions, {**told, "output_sha256": output_sha256})
-
-    return conclude
-
-
-def library_versions(engine: str) -> dict[str, str]:
-    """Of overnight, Python and the libraries that the engine computes with."""
-    import platform
-    from importlib.metadata import version
-
-    libraries = () if engine == "echo" else _LIBRARIES
-    ours = {"overnight": __version__, "python": platform.python_version()}
-    return ours | {name: version(name) for name in libraries}
-
-
-def finished(output: Path, summary: Mapping[str, Json]) -> Outcome:
-    """How a run ended whose output has this summary."""
-    return Outcome(EXIT_SOME_FAILED if summary["failed"] else EXIT_OK, output, summary)
-
-
 def _say_beginning(ledger: Ledger, plan: Plan, forecast: Forecast | None, output: Path, say: Say) -> None:
     done = ledger.tally.completed + ledger.tally.failed
     if done:
@@ -358,17 +351,6 @@ def say_decisions(plan: Plan, say: Say, names: Sequence[str]) -> None:
     for decision in plan.decisions:
         if decision.name in names:
             say(f"{decision.name}: {decision.value} ({decision.reason})")
-
-
-def tell_end(output: Path, summary: Mapping[str, Any], say: Say) -> None:
-    """What a user wants to know at the end."""
-    failed = f", {summary['failed']} failed" if summary["failed"] else ""
-    say(
-        f"{summary['completed']} answers{failed} in {summary['duration']:.1f} s of generation "
-        f"(and {summary['load_s']:.1f} s of loading): {summary['output_throughput']:.1f} output tokens/s, "
-        f"{summary['request_throughput']:.2f} answers/s"
-    )
-    say(f"answers: {output}")
 
 
 def say_to_stderr(text: str) -> None:

@@ -34,10 +34,11 @@ class Runner:
     num_samples: int
     stop: Stop
     beat: Callable[[], None]
-    observe: Callable[[Tally], None]
+    observe: Callable[[Tally, int], None]
     max_attempts: int
     save_unfinished_s: float | None
     _save_at: float = 0.0
+    _num_in_flight: int = 0  # handed to the engine and not answered
     _num_out_of_memory: int = 0  # events of the engine that the ledger knows
 
     def settle(self, prompts: Iterable[Prompt | Rejection]) -> bool:
@@ -82,15 +83,22 @@ class Runner:
     def _answer(self, requests: Iterator[Request]) -> None:
         assert self.engine is not None
         self._schedule_save()
-        with closing(self.engine.generate(self.ledger.admitting(requests))) as completions:
+        self._num_in_flight = 0
+        with closing(self.engine.generate(self._handed_on(requests))) as completions:
             for completion in completions:
                 self.beat()
+                self._num_in_flight -= completion is not None
                 self._take(completion)
                 overdue = self.stop.overdue
                 if overdue or time.monotonic() >= self._save_at:
                     self._save()
                 if overdue:
                     break
+
+    def _handed_on(self, requests: Iterator[Request]) -> Iterator[Request]:
+        for request in self.ledger.admitting(requests):
+            self._num_in_flight += 1
+            yield request
 
     def _requests(self, prompts: Iterable[Prompt | Rejection]) -> Iterator[Request]:
         for prompt in prompts:
@@ -123,12 +131,12 @@ class Runner:
             self.ledger.append(completion, self.render(completion))
         self._count_out_of_memory()
         if self.ledger.commit_if_due():
-            self.observe(self.ledger.tally)
+            self.observe(self.ledger.tally, self._num_in_flight)
 
     def _commit(self) -> None:
         self._count_out_of_memory()
         self.ledger.commit()
-        self.observe(self.ledger.tally)
+        self.observe(self.ledger.tally, self._num_in_flight)
 
     def _count_out_of_memory(self) -> None:
         events = self.engine.out_of_memory_events if self.engine is not None else 0

@@ -141,7 +141,7 @@ def test_all_problems_at_once_in_order_and_in_place(job_file: Path) -> None:
           deterministic: yes
         output:
           path: out/
-        run: {time_limit: 3:00, metrics: x.prom}
+        run: {time_limit: 3:00}
         """
     assert problems(job_file, text, "generation.nsamples=4", "batch.slots=0") == [
         "night.yaml:3:15: model.gpu_memory: must be null or a size of at least 1B and at most 1024TiB, "
@@ -157,7 +157,6 @@ def test_all_problems_at_once_in_order_and_in_place(job_file: Path) -> None:
         "night.yaml:18:9: output.path: is a directory; name a file in it",
         "night.yaml:19:19: run.time_limit: must be null or a duration above 0s and at most 3650d, "
         'such as 90s, 30m or 3h, not the text "3:00"',
-        "night.yaml:19:34: run.metrics: not available yet; leave it out or set it to null",
         "--set: generation.nsamples: unknown key; did you mean `num_samples`?",
         "--set: batch.slots: must be auto or a whole number of at least 1, not 0",
     ]

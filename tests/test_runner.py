@@ -71,7 +71,7 @@ def run(output: Path, engine: object, *, steps: int = 10**6, saves: bool = True,
             num_samples=1,
             stop=stop,
             beat=beat,
-            observe=lambda _tally: None,
+            observe=lambda _tally, _num_in_flight: None,
             max_attempts=max_attempts,
             save_unfinished_s=3600 if saves else None,
         )

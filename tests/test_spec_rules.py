@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 
 from pipeline.spec.keys import JobSpec, job_keys
-from pipeline.spec.rules import NOT_YET, RULES, broken_rules
+from pipeline.spec.rules import RULES, broken_rules
 from tests.job_values import LEAST, jobs, nested
 
 
@@ -94,23 +94,15 @@ def test_the_output_is_no_input(
     assert [key for key, message in found if "would overwrite" in message] == ["output.path"] * among
 
 
-NOT_DEFAULT: dict[str, tuple[object, str]] = {
-    "run.metrics": ("x.prom", "null"),
-    "run.on_finish": (["true"], "null"),
-}
-
-
-@pytest.mark.parametrize("key", sorted(NOT_YET))
-def test_what_is_not_built_is_refused_and_its_default_accepted(key: str) -> None:
-    value, default = NOT_DEFAULT[key]
-    assert broken({key: value}) == [(key, f"not available yet; leave it out or set it to {default}")]
-    assert broken({key: job_keys()[key].get_default()}) == []
+def test_a_library_that_is_missing_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.spec.rules.find_spec", lambda _name: None)
+    assert broken({"run.metrics": "x.prom"}) == [("run.metrics", "needs `pip install 'overnight[metrics]'`")]
+    assert broken({}) == []
 
 
 def test_rules_speak_of_keys_and_sections_that_exist() -> None:
     known = [*job_keys(), "model.echo"]
     assert {key for rule in RULES for key in rule.keys} <= set(known)
-    assert set(NOT_YET) <= set(known)
 
 
 @given(jobs())

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pydantic.fields import FieldInfo
 
 from pipeline.spec.fingerprint import KEY_CLASSES, KeyClass
-from pipeline.spec.job_schema import description
 from pipeline.spec.keys import LineGeneration, Section, Wording, job_keys, job_sections
 from pipeline.spec.rules import RULES
 from pipeline.spec.wording import expectation
@@ -60,7 +59,7 @@ def _section(name: str, section: type[Section]) -> Iterator[str]:
             f"`{key}`",
             expectation(field),
             _default(key, field),
-            description(key, field),
+            str(field.description),
             _RESUME[KEY_CLASSES[key]],
         )
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

@@ -7,7 +7,6 @@ from typing import Any, cast
 from pydantic.fields import FieldInfo
 
 from pipeline.spec.keys import JobSpec, Wording, job_keys, job_sections
-from pipeline.spec.rules import NOT_YET
 
 
 def json_schema() -> dict[str, Any]:
@@ -21,7 +20,7 @@ def json_schema() -> dict[str, Any]:
     for key, field in job_keys().items():
         section, _, name = key.rpartition(".")
         properties = sections[job_sections()[section].__name__]["properties"] if section else schema["properties"]
-        properties[name] |= _notes(key, field)
+        properties[name] |= _notes(field)
     del schema["properties"]["name"]["default"]  # it is the name of the file
     # The engine decides whether a model is needed, and the default engine needs one.
     echo = {"properties": {"engine": {"const": "echo"}}, "required": ["engine"]}
@@ -30,24 +29,13 @@ def json_schema() -> dict[str, Any]:
     return {**head, **schema, "required": ["model", *schema["required"]]}
 
 
-def _notes(key: str, field: FieldInfo) -> dict[str, str]:
+def _notes(field: FieldInfo) -> dict[str, str]:
     """What JobSpec knows of a key and pydantic's schema does not say."""
     notes: dict[str, str] = {}
     wording = next((part for part in field.metadata if isinstance(part, Wording)), None)
     if wording and not field.is_required():
         notes["default"] = wording.show(field.get_default())
-    if key in NOT_YET:
-        notes["description"] = description(key, field)
     return notes
-
-
-def description(key: str, field: FieldInfo) -> str:
-    """What a key means, and which of its values are not to be had yet."""
-    if key not in NOT_YET:
-        return str(field.description)
-    refused = NOT_YET[key]
-    which = f": {', '.join(str(value) for value in refused)}" if refused else ""
-    return f"{field.description} Not available yet{which}."
 
 
 def _without_titles(node: Any) -> Any:

@@ -309,9 +309,14 @@ class RunSpec(Section):
         default=60.0,
         description="How often the tokens of unfinished answers are saved, so that long answers survive a stop.",
     )
-    metrics: FilePath | None = Field(default=None, description="Keep a Prometheus textfile here (PATH.prom).")
+    metrics: FilePath | None = Field(
+        default=None,
+        description="Keep a Prometheus textfile here (PATH.prom); a shard adds its number before the suffix.",
+    )
     on_finish: Annotated[tuple[Text, ...], Field(min_length=1, strict=False)] | None = Field(
-        default=None, description="Command to start at the end: a list of the program and its arguments, no shell."
+        default=None,
+        description="Command to start when the run has ended, stopped or failed: a list of the program and its "
+        "arguments, no shell; OVERNIGHT_EXIT_CODE, _OUTPUT, _SUMMARY, _MESSAGE and others are in its environment.",
     )
 
 

@@ -1,25 +1,17 @@
-"""What a job may not ask for although each key is right by itself: contradictions, and features not built yet."""
+"""What a job may not ask for although each key is right by itself: contradictions, and what is not installed."""
 
 from __future__ import annotations
 
-import json
 import os.path
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from pathlib import PurePath
 
 from pipeline import columnar, compression, remote
-from pipeline.spec.keys import EchoSpec, JobSpec, job_keys, value_of
+from pipeline.spec.keys import EchoSpec, JobSpec
 from pipeline.spec.template import check_template
-from pipeline.spec.units import format_duration
-
-# Keys that are parsed but whose feature comes later, with the values that ask for it; None: all but the default.
-# The line goes when the feature arrives.
-NOT_YET: dict[str, tuple[object, ...] | None] = {
-    "run.metrics": None,  # Prometheus textfile
-    "run.on_finish": None,  # notification
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +37,9 @@ def broken_rules(spec: JobSpec) -> Iterator[Broken]:
     for rule in RULES:
         if rule.broken(spec):
             yield Broken(rule.keys[0], rule.message, rule.keys)
-    for key, refused in NOT_YET.items():
-        value, default = value_of(spec, key), job_keys()[key].get_default()
-        if value in refused if refused is not None else value != default:
-            yield Broken(key, f"not available yet; leave it out or set it to {_written(default)}", (key,))
     yield from _unreadable_kinds(spec)
+    if spec.run.metrics is not None and find_spec("prometheus_client") is None:
+        yield Broken("run.metrics", "needs `pip install 'overnight[metrics]'`", ("run.metrics",))
     if isinstance(spec.input.template, str):
         for message in check_template(spec.input.template):
             yield Broken("input.template", message, ("input.template",))
@@ -61,11 +51,6 @@ def _unreadable_kinds(spec: JobSpec) -> Iterator[Broken]:
         lacking = compression.missing_library(path) or columnar.missing_library(path)
         if lacking := lacking or remote.refusal(path, for_writing=key == "output.path"):
             yield Broken(key, f"{path}: {lacking}", (key,))
-
-
-def _written(value: object) -> str:
-    # The only numbers among these keys are durations.
-    return format_duration(value) if isinstance(value, float) else json.dumps(value).strip('"')
 
 
 def _is_directory(spec: JobSpec) -> bool:

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pipeline.job import (
-    Outcome,
-    Say,
-    concluding,
-    copy_output,
-    finished,
-    job_identity,
-    say_to_stderr,
-    summary_facts,
-    tell_end,
-    upload_of,
-)
+from pipeline.job import Say, copy_output, job_identity, say_to_stderr, upload_of
 from pipeline.ledger.files import Patience
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.merge import find_merged, merge_parts
 from pipeline.ledger.parts import begun_shards, count_shards, finished_parts, joined_facts
+from pipeline.outcome import Outcome, concluding, finished, summary_facts, tell_end
 from pipeline.output import choose_form
 from pipeline.records import Json
 from pipeline.remote import is_remote

@@ -73,7 +73,7 @@ def answered(output: Path, engine: Any) -> tuple[list[dict[str, Any]], dict[str,
             num_samples=1,
             stop=Stop(),
             beat=lambda: None,
-            observe=lambda _tally: None,
+            observe=lambda _tally, _num_in_flight: None,
             max_attempts=3,
             save_unfinished_s=0.0,
         )
