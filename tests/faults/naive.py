@@ -46,6 +46,7 @@ class NaiveLedger:
         self._output = output
         self._path = RunPaths(output).partial
         self._num_samples = num_samples
+        self.items = range(num_items)
         self.num_answers = num_items * num_samples
         self.tally = Tally()
         self._lines = self._parse()
