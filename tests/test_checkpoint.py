@@ -219,3 +219,17 @@ def test_a_configuration_that_says_two_things_is_refused(tmp_path: Path) -> None
 def test_a_configuration_that_is_no_object_is_not_found(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
     assert "config.json" in refused(tmp_path, NotFoundError)
+
+
+def test_a_directory_is_read_once_and_again_when_a_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path, LLAMA)
+    first = open_checkpoint(tmp_path)
+    assert open_checkpoint(tmp_path) is first
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(LLAMA | {"rope_theta": 1.0}))
+    assert open_checkpoint(tmp_path).config["rope_theta"] == 1.0
+    (tmp_path / "pickled.py").write_text("")
+    with pytest.raises(SpecError):
+        open_checkpoint(tmp_path)
