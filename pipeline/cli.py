@@ -145,24 +145,16 @@ def status(
 ) -> None:
     """Say how far a running, stopped or finished run is, from its files alone."""
     from pipeline.spec.job_file import load_spec
-    from pipeline.tools.status import job_status, watch_job
+    from pipeline.tools.status import job_status, show_until_end
 
     spec = load_spec(job, overrides=overrides or ())
-    if not watch:
-        report = job_status(spec, shard)
-        if as_json:
-            _print_json(report.to_json())
-        else:
-            sys.stdout.write(f"{report}\n")
-        return
-    shown = 0  # lines on the terminal that the next state takes the place of
-    with suppress(KeyboardInterrupt):
-        for report in watch_job(spec, shard):
-            text = json.dumps(report.to_json(), ensure_ascii=False) if as_json else str(report)
-            back = f"\x1b[{shown}F\x1b[J" if shown and not as_json and sys.stdout.isatty() else ""
-            sys.stdout.write(f"{back}{text}\n")
-            sys.stdout.flush()
-            shown = text.count("\n") + 1
+    if watch:
+        with suppress(KeyboardInterrupt):
+            show_until_end(spec, shard, sys.stdout, as_json=as_json)
+    elif as_json:
+        _print_json(job_status(spec, shard).to_json())
+    else:
+        sys.stdout.write(f"{job_status(spec, shard)}\n")
 
 
 @app.command(epilog="Example: overnight report jobs/quickstart.yaml -o report.html --png report.png")
@@ -281,18 +273,9 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Say what of this machine, a model or a directory is slow, and what to do; exit code 69 in trouble."""
-    from pipeline.tools import doctor as tool
+    from pipeline.tools.doctor import diagnose
 
-    if subject is not None and model is not None:
-        raise UsageError("doctor takes a job or directory, or --model, not both")
-    if subject is None:
-        from pipeline.spec.keys import ModelSpec
-
-        diagnosis = tool.diagnose_machine(model=ModelSpec(path=model) if model else None)
-    elif subject.suffix in (".yaml", ".yml", ".json") and not subject.is_dir():
-        diagnosis = tool.diagnose_job(subject)
-    else:
-        diagnosis = tool.diagnose_directory(subject)
+    diagnosis = diagnose(subject, model)
     if as_json:
         _print_json(diagnosis.to_json())
     else:
@@ -323,21 +306,13 @@ def chat(
     /help lists the commands of a conversation. Ctrl-C stops an answer, Ctrl-D leaves. With --once the answer is on
     standard output, all else on standard error; exit code 3 if it is an error.
     """
-    from contextlib import closing
-
     from pipeline.spec.job_file import load_spec
-    from pipeline.tools import chat_terminal as terminal
-    from pipeline.tools.chat import Chat
+    from pipeline.tools.chat_terminal import chat_about
 
     if as_json and once is None:
         raise UsageError("--json needs --once")
-    prompt = None if once is None else terminal.read_prompt(once)
-    with closing(Chat(load_spec(job, overrides=overrides or ()), quiet=quiet)) as session:
-        if prompt is not None:
-            code = terminal.answer_once(session, prompt, say=_say, hide_thinking=hide_thinking, as_json=as_json)
-        else:
-            code = terminal.Dialogue(session, say=_say, hide_thinking=hide_thinking).run()
-    raise typer.Exit(code)
+    spec = load_spec(job, overrides=overrides or ())
+    raise typer.Exit(chat_about(spec, once, say=_say, quiet=quiet, hide_thinking=hide_thinking, as_json=as_json))
 
 
 @app.command(epilog="Examples: overnight schema > job.schema.json; overnight schema --markdown | less")

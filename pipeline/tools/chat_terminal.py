@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pipeline.errors import (
 )
 from pipeline.output.native import render
 from pipeline.records import Completion
+from pipeline.spec.keys import JobSpec
 from pipeline.spec.wording import nearest
 from pipeline.tools.chat import Chat, Turn
 from pipeline.tools.chat_screen import Screen
@@ -28,6 +29,15 @@ from pipeline.tools.chat_screen import Screen
 Say = Callable[[str], None]
 
 _HISTORY_LINES = 1000
+
+
+def chat_about(spec: JobSpec, once: str | None, *, say: Say, quiet: bool, hide_thinking: bool, as_json: bool) -> int:
+    """Load the job's model and talk, or answer the one prompt `once`; the exit code."""
+    prompt = None if once is None else read_prompt(once)  # before the model is loaded for nothing
+    with closing(Chat(spec, quiet=quiet)) as chat:
+        if prompt is None:
+            return Dialogue(chat, say=say, hide_thinking=hide_thinking).run()
+        return answer_once(chat, prompt, say=say, hide_thinking=hide_thinking, as_json=as_json)
 
 
 def answer_once(chat: Chat, text: str, *, say: Say, hide_thinking: bool, as_json: bool) -> int:

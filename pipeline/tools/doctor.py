@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline import bandwidth
-from pipeline.errors import EXIT_OK, MachineError
+from pipeline.errors import EXIT_OK, MachineError, UsageError
 from pipeline.job import say_to_stderr
 from pipeline.ledger.directory_check import check_directory
 from pipeline.machine import Machine
@@ -52,6 +52,19 @@ class Diagnosis:
             "ok": self.exit_code == EXIT_OK,
             "findings": [asdict(finding) for finding in self.findings],
         }
+
+
+def diagnose(subject: Path | None, model: str | None) -> Diagnosis:
+    """What the command asks for: a job's file, a directory, or this machine, with a model if one is named.
+
+    Raises UsageError for a subject and a model together, and whatever the diagnosis itself raises.
+    """
+    if subject is None:
+        return diagnose_machine(model=None if model is None else ModelSpec(path=model))
+    if model is not None:
+        raise UsageError("doctor takes a job or directory, or --model, not both")
+    is_job = subject.suffix in (".yaml", ".yml", ".json") and not subject.is_dir()
+    return diagnose_job(subject) if is_job else diagnose_directory(subject)
 
 
 def diagnose_directory(directory: Path) -> Diagnosis:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pipeline.ledger.history import History
 from pipeline.ledger.parts import begun_shards, count_shards
@@ -217,3 +218,14 @@ def watch_job(
         if not status.is_running:
             return
         sleep(max(_WATCH_S, _WATCH_SHARE * took_s))
+
+
+def show_until_end(spec: JobSpec, shard: Shard | None, stream: TextIO, *, as_json: bool) -> None:
+    """Write each state of the run until it ends: an object a line, or text that takes the last one's place."""
+    shown = 0  # lines on the terminal that the next state takes the place of
+    for report in watch_job(spec, shard):
+        text = json.dumps(report.to_json(), ensure_ascii=False) if as_json else str(report)
+        back = f"\x1b[{shown}F\x1b[J" if shown and not as_json and stream.isatty() else ""
+        stream.write(f"{back}{text}\n")
+        stream.flush()
+        shown = text.count("\n") + 1
