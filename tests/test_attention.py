@@ -4,11 +4,16 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline.kernels import attention
-from pipeline.kernels.attention import attend_one, attend_one_in_torch
+from pipeline.kernels.attention import (
+    attend_one,
+    attend_one_in_torch,
+    attend_prompts,
+    attend_prompts_in_torch,
+)
 from pipeline.kernels.native import native
 
 needs_compiler = pytest.mark.skipif(native(attention.SOURCE).library is None, reason="no C compiler")
@@ -81,3 +86,71 @@ def test_scores_far_apart_and_infinite_numbers_are_as_in_torch() -> None:
 def test_heads_too_large_for_the_native_code_are_computed_in_torch() -> None:
     numbers = pool([3, 4], 2, 1, 520, torch.float32)
     assert torch.equal(attend_one(*numbers, 0.1, None), attend_one_in_torch(*numbers, 0.1, None))
+
+
+# Prompts
+
+
+def spans_of(parts: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Spans for (tokens before, tokens) of each sequence; starts, and lengths for `pool`."""
+    lengths = [before + count for before, count in parts]
+    firsts = [sum(count for _, count in parts[:place]) for place in range(len(parts))]
+    starts = [5 + sum(lengths[:row]) + 5 * row for row in range(len(lengths))]
+    rows = [[first, count, start, before] for first, start, (before, count) in zip(firsts, starts, parts, strict=True)]
+    return torch.tensor(rows), torch.tensor(starts), torch.tensor(lengths)
+
+
+parts_of_prompts = st.lists(st.tuples(st.integers(0, 70), st.integers(1, 110)), min_size=1, max_size=4)
+
+
+@needs_compiler
+@example([(0, 96)], (4, 4), 8, 5)  # a block of tokens that spans several tiles, of which each row sees one
+@given(parts_of_prompts, st.sampled_from([(9, 3), (4, 4), (8, 1)]), st.sampled_from([8, 20, 64]), st.integers(0, 60))
+def test_native_attention_of_prompts_is_that_of_float32_mathematics(
+    parts: list[tuple[int, int]], heads: tuple[int, int], size: int, window: int
+) -> None:
+    spans, _, lengths = spans_of(parts)
+    _, keys, values, _, _ = pool(lengths.tolist(), *heads, size, torch.float32)
+    query = torch.randn(sum(count for _, count in parts), heads[0], size)
+    found = attend_prompts(query, keys, values, spans, size**-0.5, window or None)
+    numbers = (query.double(), keys.double(), values.double())
+    expected = attend_prompts_in_torch(*numbers, spans, size**-0.5, window or None)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("window", [None, 7])
+def test_native_attention_of_prompts_rounds_as_torch_does_in_bfloat16(window: int | None) -> None:
+    spans, _, lengths = spans_of([(0, 33), (40, 21), (3, 1)])
+    numbers = pool(lengths.tolist(), 6, 2, 32, torch.bfloat16)
+    query = torch.randn(55, 6, 32).bfloat16()
+    found, expected = (
+        attend(query, *numbers[1:3], spans, 0.2, window) for attend in (attend_prompts, attend_prompts_in_torch)
+    )
+    assert found.dtype == torch.bfloat16
+    eps = torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(found, expected, rtol=2 * eps, atol=4 * eps)
+
+
+@needs_compiler
+def test_a_prompts_attention_is_bit_by_bit_the_same_however_it_is_cut_and_in_any_company() -> None:
+    spans, _, lengths = spans_of([(0, 90), (0, 40)])
+    _, keys, values, _, _ = pool(lengths.tolist(), 6, 2, 32, torch.float32)
+    query = torch.randn(130, 6, 32)
+    whole = attend_prompts(query, keys, values, spans, 0.2, None)
+    for begin, end in ((0, 90), (0, 37), (37, 41), (41, 90)):
+        span = torch.tensor([[0, end - begin, int(spans[0, 2]), begin]])
+        assert torch.equal(attend_prompts(query[begin:end], keys, values, span, 0.2, None), whole[begin:end])
+
+
+@needs_compiler
+def test_infinite_numbers_in_a_prompt_are_as_in_torch() -> None:
+    spans, starts, lengths = spans_of([(0, 40), (0, 40)])
+    _, keys, values, _, _ = pool(lengths.tolist(), 2, 2, 16, torch.float32)
+    query = torch.randn(80, 2, 16)
+    keys[int(starts[0]) + 3] *= 1000
+    keys[int(starts[1]) + 35] = math.nan
+    found = attend_prompts(query, keys, values, spans, 1.0, None)
+    expected = attend_prompts_in_torch(query, keys, values, spans, 1.0, None)
+    torch.testing.assert_close(found[:75], expected[:75])  # until a number is none, its neighbours' tokens are whole
+    assert found[75:].isnan().all()

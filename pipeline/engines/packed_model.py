@@ -9,9 +9,10 @@ from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pipeline.engines.fused import Forward, fused_forwards, keep_faithful
 from pipeline.engines.recurrent import RecurrentStates, is_recurrent, packed_forward
 from pipeline.engines.row_invariant import row_invariant
-from pipeline.engines.slot_cache import NotServedError, SlotCache, Step
+from pipeline.engines.slot_cache import NotServedError, SlotCache, Span, Step
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +45,7 @@ class PackedModel:
         self._row_by_row = row_by_row
         self._states = RecurrentStates(num_slots + 1)  # the last is that of a kept prefix
         self._recurrent = [module for module in model.modules() if is_recurrent(module)]
+        self._fused: dict[torch.nn.Module, Forward] = {}
         self._parameters = inspect.signature(model.forward).parameters
         # Names, because transformers keeps attention functions in a table for the whole process.
         self._attention = f"overnight_slots_{next(_names)}"
@@ -51,6 +53,20 @@ class PackedModel:
         AttentionMaskInterface.register(self._attention, _no_mask)
         if "position_ids" not in self._parameters:
             raise NotServedError("positions are not an input")
+
+    def fuse(self, token_ids: Sequence[int]) -> None:
+        """Compute modules in fewer passes from now on, as far as that gives the same for this prompt.
+
+        Not where rows may not mind their neighbours: the products that promise it are found in the modules themselves.
+        """
+        forwards = {} if self._row_by_row else fused_forwards(self._model, self.cache)
+        if not forwards:
+            return
+        self.cache.resize(len(token_ids))
+        step = Step([], [Span(0, 0, len(token_ids), 0, 0)], self.device)
+        self._fused = keep_faithful(
+            forwards, lambda: self.forward(token_ids, range(len(token_ids)), step, [len(token_ids) - 1])
+        )
 
     def forward(self, token_ids: Sequence[int], positions: Sequence[int], step: Step, wanted: Sequence[int]) -> Any:
         """Scores [wanted, vocabulary] of the token after each of the step's tokens that `wanted` names.
@@ -95,8 +111,9 @@ class PackedModel:
         config._attn_implementation = self._attention
         if self._row_by_row and experts_before is not None:
             config._experts_implementation = "eager"  # expert by expert, each a product that we know
-        for module in self._recurrent:
-            module.forward = packed_forward(module, self.cache, self._states)
+        forwards = {module: packed_forward(module, self.cache, self._states) for module in self._recurrent}
+        for module, forward in (self._fused | forwards).items():
+            vars(module)["forward"] = forward
         self.cache.step = step
         try:
             yield
@@ -105,8 +122,8 @@ class PackedModel:
             config._attn_implementation = before
             if self._row_by_row and experts_before is not None:
                 config._experts_implementation = experts_before
-            for module in self._recurrent:
-                del module.forward
+            for module in (*self._fused, *self._recurrent):
+                vars(module).pop("forward", None)
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
+from pipeline.kernels import rowwise
 from pipeline.records import Settings
 
 if TYPE_CHECKING:
@@ -97,6 +98,16 @@ def penalize_repetition(scores: torch.Tensor, seen: torch.Tensor, penalty: torch
     return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
+def best_tokens(scores: torch.Tensor) -> torch.Tensor:
+    """The first of the best tokens of each row [rows, vocabulary], int64; -1 where none is a finite number."""
+    import torch
+
+    if rowwise.available(scores):
+        return rowwise.best(scores)
+    best = scores.max(dim=-1)
+    return torch.where(torch.isfinite(best.values), best.indices, -1)
+
+
 class Sampler:
     """The settings, random streams and histories of a fixed number of rows; a row may be assigned anew at any time."""
 
@@ -138,17 +149,19 @@ class Sampler:
         """
         import torch
 
-        scores = logits.float()  # as transformers does before its processors
         temperature, top_k, top_p, min_p, penalty = self._numbers[rows].unbind(dim=-1)
+        scores = logits
         if self._penalizes and self._seen is not None:
-            scores = penalize_repetition(scores, self._seen[rows], penalty)
-        best = scores.max(dim=-1)
-        tokens = best.indices
+            scores = penalize_repetition(scores.float(), self._seen[rows], penalty)
+        tokens = best_tokens(scores)
         if self._samples:
-            weights = nucleus_weights(scores, temperature.where(temperature > 0, 1.0), top_k, top_p, min_p)
-            drawn = draw(weights, uniform(self._keys[rows], self._steps[rows]))
-            tokens = torch.where(temperature > 0, drawn, tokens)
-        tokens = torch.where(torch.isfinite(best.values), tokens, -1)
+            drawing = ((temperature > 0) & (tokens >= 0)).nonzero().squeeze(1)  # greedy rows have theirs
+            if len(drawing):
+                settings = (setting[drawing] for setting in (temperature, top_k, top_p, min_p))
+                # In float32, as transformers does before its processors.
+                weights = nucleus_weights(scores[drawing].float(), *settings)
+                own = rows[drawing]
+                tokens[drawing] = draw(weights, uniform(self._keys[own], self._steps[own]))
         if forced is not None:
             tokens = torch.where(forced >= 0, forced, tokens)
         self._steps[rows] += 1

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.kernels.attention import attend_one
+from pipeline.kernels.attention import attend_one, attend_prompts
 
 if TYPE_CHECKING:
     import torch
@@ -42,10 +42,13 @@ class Step:
             begin = span.start + span.num_before
             places += range(begin, begin + span.num_tokens)
 
-        def whole_numbers(values: Sequence[int]) -> torch.Tensor:
+        def whole_numbers(values: Sequence[Any]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
         self.places = whole_numbers(places)  # [tokens]: of the step's tokens in the pool
+        self.spans = whole_numbers(  # [prefill, 4]
+            [[span.first, span.num_tokens, span.start, span.num_before] for span in prefill]
+        )
         self.slots = whole_numbers([span.slot for span in decoding])  # this and the next two [decoding]
         self.starts = whole_numbers([span.start for span in decoding])
         self.lengths = whole_numbers([span.num_before + 1 for span in decoding])  # with the new token
@@ -100,33 +103,28 @@ class SlotCache:
             raise NotServedError("attention outside a packed step")
 
         step = self.step
-        keys, values = self._pool(module.layer_idx, key, value)
+        keys, values = self.pools(module.layer_idx, key, value)
         keys[step.places] = key[0].transpose(0, 1)
         values[step.places] = value[0].transpose(0, 1)
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        return self.attend_to(query[0].transpose(0, 1), keys, values, scale, sliding_window).unsqueeze(0), None
+
+    def attend_to(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, sliding_window: int | None
+    ) -> torch.Tensor:
+        """Attention of the step's tokens [tokens, heads, size] to a layer's pools, which hold them already."""
+        step = self.step
+        assert step is not None
         if self._row_by_row:
-            rows = query[0].transpose(0, 1)
-            starts, lengths = step.token_starts, step.token_lengths
-            return attend_one(rows, keys, values, starts, lengths, scale, sliding_window).unsqueeze(0), None
-        output = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
-        num_decoding = len(step.decoding)
-        if num_decoding:
+            return attend_one(query, keys, values, step.token_starts, step.token_lengths, scale, sliding_window)
+        if not step.prefill:
+            return attend_one(query, keys, values, step.starts, step.lengths, scale, sliding_window)
+        output = attend_prompts(query, keys, values, step.spans, scale, sliding_window)
+        if num_decoding := len(step.decoding):
             output[:num_decoding] = attend_one(
-                query[0, :, :num_decoding].transpose(0, 1),
-                keys,
-                values,
-                step.starts,
-                step.lengths,
-                scale,
-                sliding_window,
+                query[:num_decoding], keys, values, step.starts, step.lengths, scale, sliding_window
             )
-        for span in step.prefill:
-            end = span.first + span.num_tokens
-            part = slice(span.start, span.start + span.num_before + span.num_tokens)
-            output[span.first : end] = attend_causally(
-                query[:, :, span.first : end], keys[part], values[part], span.num_before, scale, sliding_window
-            )
-        return output.unsqueeze(0), None
+        return output
 
     def copy(self, source: int, target: int, num_tokens: int) -> None:
         """Copy the keys and values of so many tokens from one place of the pool to another."""
@@ -137,43 +135,10 @@ class SlotCache:
                 for pool in pools:
                     pool[target : target + num_tokens] = pool[source : source + num_tokens]
 
-    def _pool(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def pools(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's keys and values [places, heads, size], made with those of `key` and `value` at first."""
         if layer not in self._pools:
             self._pools[layer] = tuple(  # type: ignore[assignment]
                 new.new_empty(self._num_tokens, new.shape[1], new.shape[-1]) for new in (key, value)
             )
         return self._pools[layer]
-
-
-def attend_causally(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    num_before: int,
-    scale: float,
-    sliding_window: int | None,
-) -> torch.Tensor:
-    """Attention of the last tokens of one sequence to all of it.
-
-    `query` [1, heads, n, size]; `keys` and `values` [num_before + n, key heads, size]. Returns [n, heads, size].
-    """
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention
-
-    num_tokens, num_keys = query.shape[2], keys.shape[0]
-    windowed = sliding_window is not None and num_keys > sliding_window
-    mask = None
-    if num_before or windowed:
-        mask = torch.ones(num_tokens, num_keys, dtype=torch.bool, device=query.device).tril(num_before)
-        if sliding_window is not None and windowed:
-            mask = mask.triu(num_before - sliding_window + 1)
-    output = scaled_dot_product_attention(
-        query,
-        keys.transpose(0, 1).unsqueeze(0),
-        values.transpose(0, 1).unsqueeze(0),
-        attn_mask=mask,
-        is_causal=mask is None and num_tokens > 1,
-        scale=scale,
-        enable_gqa=query.shape[1] != keys.shape[1],
-    )
-    return output[0].transpose(0, 1)

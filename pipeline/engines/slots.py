@@ -92,8 +92,16 @@ class SlotEngine:
         release_memory()
 
     def self_check(self) -> tuple[float, float]:
-        """How far packed scores are from the model's own for a few prompts, and how far rounding may take them."""
-        return self_check.difference_by_packing(self._own, self._model, self._tokenizer(self_check.TEXT)["input_ids"])
+        """How far packed scores are from the model's own for a few prompts, and how far rounding may take them.
+
+        What can be computed in fewer passes is from here on.
+        """
+        import torch
+
+        prompt = self._tokenizer(self_check.TEXT)["input_ids"]
+        with torch.inference_mode():
+            self._model.fuse(prompt)
+        return self_check.difference_by_packing(self._own, self._model, prompt)
 
     def bits_check(self) -> bool:
         """Whether scores of a few prompts are the same bit by bit alone, together and in parts."""

@@ -1,4 +1,4 @@
-// Attention of one new token of each of several sequences to the whole of its own context.
+// Attention of new tokens of several sequences, each to its own context: single tokens, and consecutive ones of prompts.
 //
 // query, out   [rows, heads, size]; heads that share a key head are neighbours
 // keys, values [places, key_heads, size]; a sequence has `lengths[row]` places from `starts[row]` on
@@ -11,68 +11,11 @@
 // Heads are handled in lanes of 16 numbers, the last filled up with zeros. A task is compiled for the usual head sizes,
 // so that its sums stay in registers.
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "lanes.h"
 
 #define TILE 32      // places
-#define LANES 16     // numbers
 #define MOST_VECS 32 // of a head: 512 numbers
 #define MOST_GROUP 64 // heads that share a key head
-
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef float half_vec __attribute__((vector_size(2 * LANES)));
-typedef float quarter_vec __attribute__((vector_size(LANES)));
-typedef uint32_t bits_vec __attribute__((vector_size(4 * LANES)));
-typedef uint16_t short_vec __attribute__((vector_size(2 * LANES)));
-
-// e^x for x <= 0, within 2e-7 of it: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
-static inline float exp_negative(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f; // rounds to the nearest whole number
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 8.3333840e-3f + r * 1.3888940e-3f;
-    p = 1.0f + r * (1.0f + r * (0.5f + r * (0.16666667f + r * (4.1666668e-2f + r * p))));
-    union { int32_t bits; float value; } scale = {((int32_t)n + 127) << 23};
-    return p * scale.value;
-}
-
-static inline float add_up(vec x) {
-    half_vec halves[2];
-    memcpy(halves, &x, sizeof x);
-    half_vec half = halves[0] + halves[1];
-    quarter_vec quarters[2];
-    memcpy(quarters, &half, sizeof half);
-    quarter_vec quarter = quarters[0] + quarters[1];
-    return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
-}
-
-// `count` numbers (at most LANES), the rest zeros
-
-static inline vec load_float(const float *x, int64_t count) {
-    vec wide = {0};
-    memcpy(&wide, x, count == LANES ? sizeof wide : count * sizeof *x);
-    return wide;
-}
-
-static inline void store_float(float *x, vec wide, int64_t count) {
-    memcpy(x, &wide, count == LANES ? sizeof wide : count * sizeof *x);
-}
-
-static inline vec load_bf16(const uint16_t *x, int64_t count) {
-    short_vec narrow = {0};
-    memcpy(&narrow, x, count == LANES ? sizeof narrow : count * sizeof *x);
-    bits_vec bits = __builtin_convertvector(narrow, bits_vec) << 16;
-    return (vec)bits;
-}
-
-static inline void store_bf16(uint16_t *x, vec wide, int64_t count) { // to the nearest, ties to even; NaN stays NaN
-    bits_vec bits = (bits_vec)wide;
-    bits_vec is_nan = (bits_vec)(wide != wide);
-    bits = ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16 & ~is_nan) | (is_nan & 0x7fc0);
-    short_vec narrow = __builtin_convertvector(bits, short_vec);
-    memcpy(x, &narrow, count == LANES ? sizeof narrow : count * sizeof *x);
-}
 
 #define ATTEND(NAME, NUMBER, LOAD, STORE)                                                                              \
     static inline __attribute__((always_inline)) void NAME##_task(                                                     \
@@ -149,3 +92,167 @@ static inline void store_bf16(uint16_t *x, vec wide, int64_t count) { // to the 
 
 ATTEND(attend_float32, float, load_float, store_float)
 ATTEND(attend_bfloat16, uint16_t, load_bf16, store_bf16)
+
+// ---- prompts: tokens of one sequence that follow each other, each attends to itself and all before it ----
+//
+// A task is one key head of a block of tokens. The tiles of the context begin at the same places of a sequence however
+// its prompt is cut into parts, so that a token's sums do not depend on the cut. Keys of a tile are turned on their
+// side, for 16 places to be multiplied at once.
+
+#define BLOCK_ROWS 96 // tokens x heads that share a key head
+
+typedef struct {
+    int64_t first, num_tokens, start, num_before; // as Span in slot_cache.py
+} Span;
+
+typedef struct {
+    const void *query, *keys, *values;
+    void *out;
+    int64_t heads, key_heads, size, window;
+    float scale;
+} Shape;
+
+INLINE void prefill_tile(float *scores, float *keep, float *most, float *total, int64_t rows, int64_t group,
+                         int64_t position, int64_t begin, int64_t count, int64_t window) {
+    for (int64_t row = 0; row < rows; row++) {
+        float *weights = scores + row * TILE;
+        int64_t own = position + row / group; // the token's place in its sequence
+        int64_t from = window > 0 && own - window + 1 > begin ? own - window + 1 - begin : 0;
+        int64_t to = own + 1 - begin < count ? own + 1 - begin : count;
+        keep[row] = 1.0f;
+        if (from >= to) {
+            memset(weights, 0, TILE * sizeof *weights);
+            continue;
+        }
+        for (int64_t t = 0; t < from; t++) weights[t] = -INFINITY;
+        for (int64_t t = to; t < TILE; t++) weights[t] = -INFINITY;
+        reg parts[TILE / REGISTER], high = (reg){0} - INFINITY, added = {0};
+        memcpy(parts, weights, sizeof parts);
+        for (int i = 0; i < TILE / REGISTER; i++) high = choose((parts[i] > high) | (parts[i] != parts[i]), parts[i], high);
+        float highest = most[row];
+        for (int i = 0; i < REGISTER; i++) highest = high[i] > highest || high[i] != high[i] ? high[i] : highest;
+        if (highest == -INFINITY) {
+            memset(weights, 0, TILE * sizeof *weights);
+            continue;
+        }
+        for (int i = 0; i < TILE / REGISTER; i++) {
+            int_reg seen = parts[i] != (reg){0} - INFINITY; // e^-87 is not nothing
+            parts[i] = choose(seen, exp_register(parts[i] - highest), (reg){0});
+            added += parts[i];
+        }
+        memcpy(weights, parts, sizeof parts);
+        float sum = 0.0f;
+        for (int i = 0; i < REGISTER; i++) sum += added[i];
+        keep[row] = most[row] == -INFINITY ? 0.0f : exp_negative(most[row] - highest);
+        total[row] = total[row] * keep[row] + sum;
+        most[row] = highest;
+    }
+}
+
+INLINE void prefill_task(const Shape *shape, const Span *span, int64_t token, int64_t num_tokens, int64_t head,
+                         const int64_t size, const int is_bf16) {
+    const int64_t group = shape->heads / shape->key_heads, vecs = (size + LANES - 1) / LANES, width = vecs * LANES;
+    const int64_t rest = size - (vecs - 1) * LANES, stride = shape->key_heads * size, rows = num_tokens * group;
+    const int64_t position = span->num_before + token, last = position + num_tokens;
+    float query[rows * width], sum[rows * width];
+    float turned[width * TILE], values[TILE * width], scores[rows * TILE], keep[rows], most[rows], total[rows];
+    int64_t from = shape->window > 0 && position - shape->window + 1 > 0 ? position - shape->window + 1 : 0;
+
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t at = ((span->first + token + row / group) * shape->heads + head * group + row % group) * size;
+        for (int64_t i = 0; i < vecs; i++) {
+            vec scaled = load_any(shape->query, at + i * LANES, i + 1 < vecs ? LANES : rest, is_bf16) * shape->scale;
+            memcpy(query + row * width + i * LANES, &scaled, sizeof scaled);
+        }
+        most[row] = -INFINITY;
+        total[row] = 0.0f;
+    }
+    memset(sum, 0, sizeof sum);
+    for (int64_t begin = from / TILE * TILE; begin < last; begin += TILE) {
+        int64_t count = last - begin < TILE ? last - begin : TILE;
+        memset(turned, 0, sizeof turned);
+        for (int64_t t = 0; t < count; t++) {
+            int64_t at = (span->start + begin + t) * stride + head * size;
+            for (int64_t i = 0; i < vecs; i++) {
+                vec key = load_any(shape->keys, at + i * LANES, i + 1 < vecs ? LANES : rest, is_bf16);
+                for (int lane = 0; lane < LANES; lane++) turned[(i * LANES + lane) * TILE + t] = key[lane];
+                vec value = load_any(shape->values, at + i * LANES, i + 1 < vecs ? LANES : rest, is_bf16);
+                memcpy(values + t * width + i * LANES, &value, sizeof value);
+            }
+        }
+        // Places before the window are masked, but what lies there may be no number: 0 times NaN is NaN.
+        for (int64_t t = 0; t < from - begin; t++) {
+            for (int64_t d = 0; d < width; d++) turned[d * TILE + t] = 0.0f;
+            memset(values + t * width, 0, width * sizeof *values);
+        }
+        // The first rows may all be of tokens before this tile.
+        int64_t first_row = begin > position ? (begin - position) * group : 0;
+        for (int64_t row = first_row; row < rows;) {
+            int step = rows - row >= ROWS ? ROWS : 1;
+            for (int i = 0; i < TILE / LANES; i++) {
+                float products[ROWS][LANES] = {0};
+                const float *q = query + row * width;
+                if (step == ROWS) multiply(q, width, turned + i * LANES, TILE, size, ROWS, products);
+                else multiply(q, width, turned + i * LANES, TILE, size, 1, products);
+                for (int r = 0; r < step; r++)
+                    memcpy(scores + (row + r) * TILE + i * LANES, products[r], sizeof *products);
+            }
+            row += step;
+        }
+        prefill_tile(scores + first_row * TILE, keep + first_row, most + first_row, total + first_row,
+                     rows - first_row, group, position + first_row / group, begin, count, shape->window);
+        for (int64_t row = first_row; row < rows;) {
+            int step = rows - row >= ROWS ? ROWS : 1;
+            for (int64_t i = 0; i < vecs; i++) {
+                float own[ROWS][LANES];
+                for (int r = 0; r < step; r++)
+                    for (int lane = 0; lane < LANES; lane++)
+                        own[r][lane] = sum[(row + r) * width + i * LANES + lane] * keep[row + r];
+                const float *weights = scores + row * TILE, *tile = values + i * LANES;
+                if (step == ROWS) multiply(weights, TILE, tile, width, count, ROWS, own);
+                else multiply(weights, TILE, tile, width, count, 1, own);
+                for (int r = 0; r < step; r++) memcpy(sum + (row + r) * width + i * LANES, own[r], sizeof *own);
+            }
+            row += step;
+        }
+    }
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t at = ((span->first + token + row / group) * shape->heads + head * group + row % group) * size;
+        for (int64_t i = 0; i < vecs; i++) {
+            vec own = load_float(sum + row * width + i * LANES, LANES) / total[row];
+            store_any(shape->out, at + i * LANES, own, i + 1 < vecs ? LANES : rest, is_bf16);
+        }
+    }
+}
+
+INLINE void prefill_any(const Shape *shape, const Span *span, int64_t token, int64_t count, int64_t head,
+                        const int is_bf16) {
+    if (shape->size == 64) prefill_task(shape, span, token, count, head, 64, is_bf16);
+    else if (shape->size == 128) prefill_task(shape, span, token, count, head, 128, is_bf16);
+    else prefill_task(shape, span, token, count, head, shape->size, is_bf16);
+}
+
+// `spans` int64 [num_spans][4]; query, out [tokens, heads, size]; 1 for heads that there is no room for.
+int attend_prompts(const void *query, const void *keys, const void *values, const Span *spans, int64_t num_spans,
+                   int64_t heads, int64_t key_heads, int64_t size, float scale, int64_t window, void *out, int is_bf16,
+                   int64_t threads) {
+    const Shape shape = {query, keys, values, out, heads, key_heads, size, window, scale};
+    const int64_t group = heads / key_heads, block = BLOCK_ROWS / group;
+    if (size > MOST_VECS * LANES || group > MOST_GROUP) return 1;
+    int64_t most_blocks = 0;
+    for (int64_t s = 0; s < num_spans; s++) {
+        int64_t blocks = (spans[s].num_tokens + block - 1) / block;
+        most_blocks = blocks > most_blocks ? blocks : most_blocks;
+    }
+    // The last blocks of a prompt have the longest context: they go first, and the short ones fill the end.
+    _Pragma("omp parallel for schedule(dynamic) num_threads(threads)")
+    for (int64_t task = 0; task < most_blocks * num_spans * key_heads; task++) {
+        const Span *span = spans + task / key_heads % num_spans;
+        int64_t token = (most_blocks - 1 - task / (key_heads * num_spans)) * block, head = task % key_heads;
+        if (token >= span->num_tokens) continue;
+        int64_t count = span->num_tokens - token < block ? span->num_tokens - token : block;
+        if (is_bf16) prefill_any(&shape, span, token, count, head, 1);
+        else prefill_any(&shape, span, token, count, head, 0);
+    }
+    return 0;
+}

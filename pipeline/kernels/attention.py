@@ -1,11 +1,12 @@
-"""Attention of one new token of each of several sequences to its own context: native on a CPU, in torch elsewhere."""
+"""Attention of new tokens of several sequences, each to its own context: native on a CPU, in torch elsewhere."""
 # pyright: basic
 
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.kernels.native import native
 
@@ -29,40 +30,88 @@ def attend_one(
     `query` [rows, heads, size]; `keys` and `values` [pool, key heads, size]; `starts` and `lengths` int64 [rows].
     Returns [rows, heads, value size]. What the pool holds elsewhere has no influence on a row.
     """
-    function = _native_function(query, keys, values)
-    if function is None:
+    library = _library(query, keys, values)
+    if library is None:
         return attend_one_in_torch(query, keys, values, starts, lengths, scale, sliding_window)
     import torch
 
     query = query.contiguous()
     output = torch.empty_like(query)
-    tensors = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (query, keys, values, starts, lengths)]
-    rows, heads, size = query.shape
-    shape = [ctypes.c_int64(number) for number in (rows, heads, keys.shape[1], size)]
+    function = library.attend_bfloat16 if query.dtype == torch.bfloat16 else library.attend_float32
     failed = function(
-        *tensors,
-        *shape,
-        ctypes.c_float(scale),
-        ctypes.c_int64(sliding_window or 0),
-        ctypes.c_void_p(output.data_ptr()),
-        ctypes.c_int64(torch.get_num_threads()),
+        *(tensor.data_ptr() for tensor in (query, keys, values, starts, lengths)),
+        len(query),
+        *_shape(query, keys),
+        scale,
+        sliding_window or 0,
+        output.data_ptr(),
+        torch.get_num_threads(),
     )
     if failed:  # larger heads than the native code has room for
         return attend_one_in_torch(query, keys, values, starts, lengths, scale, sliding_window)
     return output
 
 
-def _native_function(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Any:
-    """The compiled function for numbers of this type, None where there is none."""
+def attend_prompts(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    spans: torch.Tensor,
+    scale: float,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """Causal attention of consecutive tokens of each of several sequences to all of its own up to each.
+
+    `query` [tokens, heads, size]; `keys` and `values` [pool, key heads, size], the new tokens' own among them. `spans`
+    int64 [sequences, 4]: the first of a sequence's tokens in `query` and how many they are, the start of its room in
+    the pool and how many tokens lie there before these. Returns [tokens, heads, value size]; tokens of no span are
+    left as they come. A token's result depends on its own sequence alone, not on how it is cut into spans.
+    """
+    library = _library(query, keys, values)
+    if library is None:
+        return attend_prompts_in_torch(query, keys, values, spans, scale, sliding_window)
     import torch
 
-    if query.device.type != "cpu" or keys.shape != values.shape:
+    query = query.contiguous()
+    output = torch.empty_like(query)
+    failed = library.attend_prompts(
+        *(tensor.data_ptr() for tensor in (query, keys, values, spans)),
+        len(spans),
+        *_shape(query, keys),
+        scale,
+        sliding_window or 0,
+        output.data_ptr(),
+        query.dtype == torch.bfloat16,
+        torch.get_num_threads(),
+    )
+    if failed:
+        return attend_prompts_in_torch(query, keys, values, spans, scale, sliding_window)
+    return output
+
+
+def _shape(query: torch.Tensor, keys: torch.Tensor) -> tuple[int, int, int]:
+    return query.shape[1], keys.shape[1], query.shape[2]
+
+
+def _library(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> ctypes.CDLL | None:
+    """The compiled functions, None where there are none for numbers of this type."""
+    import torch
+
+    if query.device.type != "cpu" or keys.shape != values.shape or query.dtype not in (torch.float32, torch.bfloat16):
         return None
+    return _compiled()
+
+
+@cache
+def _compiled() -> ctypes.CDLL | None:
     library = native(SOURCE).library
-    names = {torch.float32: "attend_float32", torch.bfloat16: "attend_bfloat16"}
-    if library is None or query.dtype not in names:
+    if library is None:
         return None
-    return getattr(library, names[query.dtype])
+    pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    one = (*[pointer] * 5, *[number] * 4, real, number, pointer, number)
+    library.attend_float32.argtypes = library.attend_bfloat16.argtypes = one
+    library.attend_prompts.argtypes = (*[pointer] * 4, *[number] * 4, real, number, pointer, ctypes.c_int, number)
+    return library
 
 
 def attend_one_in_torch(
@@ -99,3 +148,50 @@ def attend_one_in_torch(
         scale=scale,
     )
     return output.reshape(rows, heads, -1)
+
+
+def attend_prompts_in_torch(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    spans: torch.Tensor,
+    scale: float,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """As `attend_prompts`, one sequence after the other."""
+    output = query.new_empty(*query.shape[:2], values.shape[-1])
+    for first, num_tokens, start, num_before in spans.tolist():
+        own, end = slice(first, first + num_tokens), start + num_before + num_tokens
+        output[own] = _attend_causally(
+            query[own], keys[start:end], values[start:end], num_before, scale, sliding_window
+        )
+    return output
+
+
+def _attend_causally(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    num_before: int,
+    scale: float,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """Attention of the last tokens [n, heads, size] of a sequence to all of it [num_before + n, key heads, size]."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    num_tokens, num_keys = len(query), len(keys)
+    windowed = sliding_window is not None and num_keys > sliding_window
+    mask = None
+    if num_before or windowed:
+        mask = torch.ones(num_tokens, num_keys, dtype=torch.bool, device=query.device).tril(num_before)
+        if sliding_window is not None and windowed:
+            mask = mask.triu(num_before - sliding_window + 1)
+    output = scaled_dot_product_attention(
+        *(tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, keys, values)),
+        attn_mask=mask,
+        is_causal=mask is None and num_tokens > 1,
+        scale=scale,
+        enable_gqa=query.shape[1] != keys.shape[1],
+    )
+    return output[0].transpose(0, 1)

@@ -79,5 +79,7 @@ def _key(source: Path, compiler: str) -> str:
     except OSError:
         lines = [" ".join(os.uname())]
     cpu = sorted({line for line in lines if line.startswith(_CPU_FIELDS)}) or lines
-    parts = [source.read_bytes(), compiler.encode(), version, " ".join(_FLAGS).encode(), "\n".join(cpu).encode()]
+    sources = [source, *sorted(source.parent.glob("*.h"))]
+    texts = [path.read_bytes() for path in sources]
+    parts = [*texts, compiler.encode(), version, " ".join(_FLAGS).encode(), "\n".join(cpu).encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]

@@ -1,0 +1,204 @@
+"""Modules of transformers' models computed in fewer passes: RMS norms, gated MLPs and rotary attention.
+
+Which modules those are follows from their parts (Llama, Mistral, Qwen and their like), and each is tried on a real
+prompt: one that does not give what the module itself gives is left alone. Weights that are multiplied with the same
+numbers are laid side by side, the module's own becoming views of them, so that one product does for all.
+"""
+# pyright: basic
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from pipeline.engines.slot_cache import SlotCache
+from pipeline.kernels import rowwise
+from pipeline.kernels.packed import BLOCK
+from pipeline.kernels.plain import PlainWeight, plain_linear
+
+if TYPE_CHECKING:
+    import torch
+
+_LEAST_ERROR = 1e-5  # of float32 sums in another order
+
+Forward = Callable[..., Any]
+Project = Callable[["torch.Tensor"], Sequence["torch.Tensor"]]
+
+
+def fused_forwards(model: torch.nn.Module, cache: SlotCache) -> dict[torch.nn.Module, Forward]:
+    """For each module that looks like one that can be computed faster, how; to be tried."""
+    forwards: dict[torch.nn.Module, Forward] = {}
+    if not rowwise.available(next(model.parameters())):
+        return forwards
+    for module in model.modules():
+        if not _is_served(module):
+            continue
+        forward = _norm(module) or _gated_mlp(module) or _attention(module, cache)
+        if forward is not None:
+            forwards[module] = forward
+    return forwards
+
+
+def keep_faithful(forwards: dict[torch.nn.Module, Forward], run: Callable[[], Any]) -> dict[torch.nn.Module, Forward]:
+    """Those that give what their modules give while `run` has the model compute something.
+
+    Compared are root mean squares: rounding in another order passes, another formula does not.
+    """
+    import torch
+
+    faithful: dict[torch.nn.Module, Forward] = {}
+
+    def compare(module: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        try:
+            found = forwards[module](*inputs, **named)
+        except Exception:  # noqa: BLE001 - it was not made for this module
+            return
+        expected, found = (one[0] if isinstance(one, tuple) else one for one in (output, found))
+        if found.shape != expected.shape or found.dtype != expected.dtype:
+            return
+        error, size = (one.float().square().mean().sqrt() for one in (found.float() - expected.float(), expected))
+        if error <= max(_LEAST_ERROR, 2 * torch.finfo(found.dtype).eps) * size:
+            faithful[module] = forwards[module]
+
+    with ExitStack() as stack:
+        for module in forwards:
+            stack.callback(module.register_forward_hook(compare, with_kwargs=True).remove)
+        run()
+    return faithful
+
+
+def _is_served(module: Any) -> bool:
+    """Whether its weights are where kernels of ours compute, and no hook of another library moves them."""
+    parameters = [*module.parameters(), *module.buffers()]
+    return not hasattr(module, "_hf_hook") and all(one.device.type == "cpu" for one in parameters)
+
+
+def _norm(module: Any) -> Forward | None:
+    """RMS norm with one weight, or one more than its weight (Gemma, Qwen3-Next)."""
+    import torch
+
+    weight = getattr(module, "weight", None)
+    if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, torch.Tensor) or weight.dim() != 1:
+        return None
+    found = norm_of(module)
+    if found is None:
+        return None
+    scale, epsilon = found
+
+    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
+        return rowwise.norm(hidden_states, scale, epsilon)
+
+    return forward
+
+
+def norm_of(module: Any) -> tuple[torch.Tensor, float] | None:
+    """What an RMS norm multiplies with, float32 [size], and its epsilon; None where that is not to be told."""
+    import torch
+
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(epsilon, float):
+        return None
+    with torch.inference_mode():
+        weight = module.weight.float()
+        probe = torch.ones(1, len(weight), dtype=module.weight.dtype)  # its root mean square is 1
+        try:
+            seen = module(probe).float().flatten()
+        except Exception:  # noqa: BLE001 - it takes something else
+            return None
+        for scale in (weight, 1.0 + weight):
+            if torch.allclose(seen, scale, rtol=0.02, atol=0.02):
+                return scale.clone(), epsilon
+    return None
+
+
+def _gated_mlp(module: Any) -> Forward | None:
+    """down(silu(gate(x)) * up(x))."""
+
+    if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+        return None
+    if type(module.act_fn).__name__ not in ("SiLUActivation", "SiLU"):
+        return None
+    project, down = _side_by_side(module.gate_proj, module.up_proj), module.down_proj
+
+    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
+        gate, up = project(hidden_states.reshape(-1, hidden_states.shape[-1]))
+        return down(rowwise.gated(gate, up)).view(*hidden_states.shape[:-1], -1)
+
+    return forward
+
+
+def _attention(module: Any, cache: SlotCache) -> Forward | None:
+    """Attention with rotary positions and, it may be, norms of its heads."""
+
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "layer_idx", "scaling")
+    if not all(hasattr(module, name) for name in names):
+        return None
+    size = module.head_dim
+    norms: list[tuple[torch.Tensor, float] | None] = [None, None]
+    for place, name in enumerate(("q_norm", "k_norm")):
+        if hasattr(module, name):
+            norms[place] = norm_of(getattr(module, name))
+            if norms[place] is None:
+                return None
+    query_norm, key_norm = (None if found is None else found[0] for found in norms)
+    epsilon = next((found[1] for found in norms if found is not None), 0.0)
+    window = getattr(module, "sliding_window", None)
+    project, output = _side_by_side(module.q_proj, module.k_proj, module.v_proj), module.o_proj
+
+    def forward(
+        hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: Any
+    ) -> tuple[torch.Tensor, None]:
+        query, key, value = project(hidden_states[0])
+        pools = cache.pools(module.layer_idx, key.unflatten(1, (-1, size)), value.unflatten(1, (-1, size)))
+        step = cache.step
+        assert step is not None
+        rotated = rowwise.rotate(
+            *(query, key, value), position_embeddings, (query_norm, key_norm), epsilon, pools, step.places
+        )
+        attended = cache.attend_to(rotated, *pools, module.scaling, window)
+        return output(attended.view(1, len(attended), -1)), None
+
+    return forward
+
+
+def _side_by_side(*layers: Any) -> Project:
+    """The outputs of several layers for the same rows [rows, inputs], each [rows, outputs] with dense rows.
+
+    One product, where they are of one plain kind; packed ones are called one by one.
+    """
+    import torch
+
+    from pipeline.loading.packed_modules import PlainLinear  # derived from torch's, hence imported here
+
+    kinds = {(type(layer), layer.bias is None, hasattr(layer, "_hf_hook")) for layer in layers}
+    first: Any = layers[0]
+    sizes = [layer.out_features for layer in layers]
+    if len(kinds) > 1 or hasattr(first, "_hf_hook"):
+        return lambda rows: [layer(rows) for layer in layers]
+    bias = None if first.bias is None else torch.cat([layer.bias.detach() for layer in layers])
+    if type(first) is torch.nn.Linear and len({layer.weight.dtype for layer in layers}) == 1:
+        weight = _joined(layer.weight for layer in layers)
+        return lambda rows: torch.nn.functional.linear(rows, weight, bias).split(sizes, dim=-1)
+    in_whole_blocks = type(first) is PlainLinear and not any(size % BLOCK for size in sizes)
+    if in_whole_blocks and len({layer.bits for layer in layers}) == 1:
+        plain = PlainWeight(_joined(layer.blocks for layer in layers), sum(sizes), first.bits)
+
+        def project(rows: torch.Tensor) -> Sequence[torch.Tensor]:
+            output = plain_linear(rows, plain)
+            return (output if bias is None else output.add_(bias)).split(sizes, dim=-1)
+
+        return project
+    return lambda rows: [layer(rows) for layer in layers]
+
+
+def _joined(tensors: Iterator[Any]) -> torch.Tensor:
+    """One tensor for several, which become views of it."""
+    import torch
+
+    own = list(tensors)
+    with torch.no_grad():
+        joined = torch.cat([tensor.detach() for tensor in own])
+        for tensor, part in zip(own, joined.split([len(tensor) for tensor in own]), strict=True):
+            tensor.data = part
+    return joined
