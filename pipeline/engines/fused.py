@@ -181,8 +181,8 @@ def _side_by_side(*layers: Any) -> Project:
         weight = _joined(layer.weight for layer in layers)
         return lambda rows: torch.nn.functional.linear(rows, weight, bias).split(sizes, dim=-1)
     in_whole_blocks = type(first) is PlainLinear and not any(size % BLOCK for size in sizes)
-    if in_whole_blocks and len({layer.bits for layer in layers}) == 1:
-        plain = PlainWeight(_joined(layer.blocks for layer in layers), sum(sizes), first.bits)
+    if in_whole_blocks and len(bits := {layer.bits for layer in layers}) == 1:
+        plain = PlainWeight(_joined(layer.blocks for layer in layers), sum(sizes), bits.pop())
 
         def project(rows: torch.Tensor) -> Sequence[torch.Tensor]:
             output = plain_linear(rows, plain)
