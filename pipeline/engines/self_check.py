@@ -45,7 +45,7 @@ def difference_by_packing(model: Any, packed: PackedModel, token_ids: Sequence[i
     """The same for packed steps, compared with the model's own forward over each whole prompt.
 
     The longer prompt is computed in two parts, the second beside the shorter prompt's first token of an answer. Two
-    passes of the model's own and three packed ones: with experts on disk a pass takes minutes (`CHECK_PASSES`).
+    passes of the model's own and three packed ones: with experts on disk a pass takes minutes (see `CHECK_PASSES`).
     """
     import torch
 

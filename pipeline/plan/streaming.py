@@ -7,7 +7,7 @@ from dataclasses import dataclass
 STEP_TOKENS = 512  # of prompts and answers in one step; above some hundreds a CPU's matrix products gain nothing more
 STREAMED_STEP_TOKENS = 2048  # where a step costs a reading of the disk: prompts are taken in with as few as memory lets
 ASSUMED_BYTES_PER_S = 1_000_000_000  # of a disk that was not measured
-CHECK_PASSES = 5  # of the model that the engine's check of itself takes before the first answer
+CHECK_PASSES = 6  # before the first answer: one tries the native forms of layers, five check the packing
 
 
 @dataclass(frozen=True, slots=True)
