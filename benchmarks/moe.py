@@ -1,14 +1,16 @@
 """Loading and batched decoding of a mixture of experts, ours or stock: a line of JSON for each figure.
 
-    python benchmarks/moe.py DIRECTORY [--stock] [--batches 1 8 64 256]
+    python benchmarks/moe.py DIRECTORY [--stock] [--int8] [--batches 1 8 64 256] [--repeats 3]
 
-Decoding is what a longer run takes beyond a shorter one, so that prefill and warm-up cancel out.
+Stock is transformers with auto-round, whose kernels are those of auto-round-lib where that can be imported. Decoding is
+what a longer run takes beyond a shorter one, so that prefill and warm-up cancel out; the median of the repeats counts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -59,11 +61,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--stock", action="store_true")
+    parser.add_argument("--int8", action="store_true", help="model.activation: int8")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64, 256])
     given = parser.parse_args()
     spec = JobSpec.model_validate(
         {
-            "model": {"path": str(given.directory), "load_strategy": "no-gpu"},
+            "model": {
+                "path": str(given.directory),
+                "load_strategy": "no-gpu",
+                "activation": "int8" if given.int8 else "exact",
+            },
             "input": {"path": "none"},
             "output": {"path": "none.jsonl"},
             "generation": {"max_new_tokens": 32},
@@ -79,13 +87,16 @@ def main() -> None:
     for batch in given.batches:
         run = (_stock if given.stock else _ours)(loaded.model, tokenizer, batch)
         run(_FEW)
-        took = []
-        for num_tokens in (_FEW, _MANY):
-            began = time.perf_counter()
-            run(num_tokens)
-            took.append(time.perf_counter() - began)
-        rate = batch * (_MANY - _FEW) / (took[1] - took[0])
-        print(json.dumps({"batch": batch, "decode_tokens_per_s": round(rate, 2), "whole_s": took[1]}), flush=True)
+        rates = []
+        for _ in range(given.repeats):
+            took = []
+            for num_tokens in (_FEW, _MANY):
+                began = time.perf_counter()
+                run(num_tokens)
+                took.append(time.perf_counter() - began)
+            rates.append(batch * (_MANY - _FEW) / (took[1] - took[0]))
+        rate = round(statistics.median(rates), 2)
+        print(json.dumps({"batch": batch, "decode_tokens_per_s": rate, "prefill_s": round(took[0], 3)}), flush=True)
 
 
 if __name__ == "__main__":
