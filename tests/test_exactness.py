@@ -39,25 +39,31 @@ def stock_tokens(model: Any, request: Request) -> list[int]:
     return output[0, prompt.shape[1] :].tolist()
 
 
-def excess_at_the_first_difference(model: Any, request: Request, found: list[int], expected: list[int]) -> float | None:
+def excess_at_the_first_difference(
+    model: Any, exact: Any, request: Request, found: list[int], expected: list[int]
+) -> float | None:
     """By how much more than a near tie the model's own score of its choice is above ours; None if they never differ.
 
-    A near tie is 0.05, or one unit in the last place: bfloat16 scores of 16 and more are 0.125 apart.
+    A near tie is 0.05, or one unit in the last place: bfloat16 scores of 16 and more are 0.125 apart. Where the same
+    weights in float32 (`exact`) prefer our choice by themselves, the rounding is stock's: its delta rule rounds
+    between steps, ours does not.
     """
     for place, (ours, stock) in enumerate(zip(found, expected, strict=True)):
         if ours != stock:
             context = torch.tensor([[*request.token_ids, *expected[:place]]])
             with torch.inference_mode():
-                scores = model(input_ids=context).logits[0, -1].float()
+                scores, unrounded = (one(input_ids=context).logits[0, -1].float() for one in (model, exact))
             unit = 2.0 ** (math.floor(math.log2(float(scores[stock].abs()))) - 7)
-            return abs(float(scores[stock] - scores[ours])) - max(NEAR_TIE, unit)
+            above = min(abs(float(scores[stock] - scores[ours])), float(unrounded[stock] - unrounded[ours]))
+            return above - max(NEAR_TIE, unit)
     return None
 
 
 def check_near_ties(model: Any, requests: list[Request], found: list[list[int]]) -> None:
     expected = [stock_tokens(model, one) for one in requests]
+    exact = copy.deepcopy(model).float()
     found_excess = [
-        excess_at_the_first_difference(model, *three) for three in zip(requests, found, expected, strict=True)
+        excess_at_the_first_difference(model, exact, *three) for three in zip(requests, found, expected, strict=True)
     ]
     assert all(excess is None or excess <= 0 for excess in found_excess), found_excess
     assert found_excess.count(None) >= len(found) // 2
