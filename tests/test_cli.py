@@ -91,7 +91,6 @@ def test_quick_commands_import_no_heavy_library(tmp_path: Path) -> None:
         (["run", "jobs/quickstart.yaml", "--set", "model.path=./no-such-model"], 66, "no-such-model"),
         (["run", "jobs/quickstart.yaml", "--set", "model.path=builtin:nothing"], 66, "smollm2-135m"),
         (["validate", "jobs/rehearsal-echo.yaml", "--set", "input.path=examples/inputs/dirty.jsonl"], 65, "not JSON"),
-        (["run", "jobs/rehearsal-echo.yaml", "--set", "generation.deterministic=true"], 78, "not available yet"),
     ],
 )
 def test_what_goes_wrong_has_its_exit_code_and_says_what(

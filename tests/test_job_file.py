@@ -71,6 +71,7 @@ batch:
   cache_tokens: auto
 output:
   path: runs/hello.jsonl
+  local_directory: runs
   format: native
   keep_fields: all
   summary_line: true

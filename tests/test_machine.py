@@ -141,4 +141,4 @@ def test_a_missing_file_is_not_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", sorted(Path("examples/machines").glob("*.yaml")), ids=lambda file: file.stem)
 def test_the_examples_are_machines(file: Path) -> None:
-    assert load_machine(file).usable_memory_bytes > 32 * GIB
+    assert load_machine(file).usable_memory_bytes > 16 * GIB
