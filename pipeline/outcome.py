@@ -70,4 +70,6 @@ def tell_end(output: Path, summary: Mapping[str, Any], say: Callable[[str], None
         f"(and {summary['load_s']:.1f} s of loading): {summary['output_throughput']:.1f} output tokens/s, "
         f"{summary['request_throughput']:.2f} answers/s"
     )
+    if failed:
+        say("a failed line has its reason under `error`; `overnight report` counts them by kind")
     say(f"answers: {output}")

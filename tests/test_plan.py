@@ -219,6 +219,16 @@ def test_caps_of_the_job_bind_and_are_named() -> None:
     assert capped.slots < make_plan(job(), machine(64, 24), facts()).slots or capped.slots == 64
 
 
+def test_a_reserve_that_is_in_the_way_is_named_with_what_to_allow_instead() -> None:
+    crowded = machine(64, memory_available_bytes=33 * GIB)  # the reserve is 3.2 GiB of these, and 31 are needed
+    with pytest.raises(
+        MachineError, match=r"what would fit: model\.cpu_memory: [0-9]+MiB, which takes of the reserve"
+    ) as caught:
+        make_plan(job(load_strategy="no-gpu"), crowded, facts())
+    allowed = str(caught.value).split("cpu_memory: ")[1].split(",")[0]
+    check(make_plan(job(load_strategy="no-gpu", cpu_memory=allowed), crowded, facts()))
+
+
 def test_a_control_group_binds_like_memory() -> None:
     group = Cgroup(version=2, memory_limit_bytes=8 * GIB)
     with pytest.raises(MachineError):
@@ -380,7 +390,8 @@ def test_whatever_is_asked_fits_or_is_refused_and_what_is_said_to_fit_does(**ask
     except MachineError as error:
         remedies = str(error).partition("what would fit: ")[2]
         for remedy in filter(None, remedies.split("; or ")):
-            key, _, value = remedy.partition(": ")
+            key, _, value = remedy.partition(",")[0].partition(": ")
+            value = str(int(value[:-3]) << 20) if value.endswith("MiB") else value
             section, _, name = key.partition(".")
             changed = getattr(spec, section).model_copy(update={name: int(value) if value.isdigit() else value})
             check(make_plan(spec.model_copy(update={section: changed}), where, model, stats))

@@ -86,7 +86,8 @@ def test_a_run_is_reported_while_it_runs_after_it_was_killed_and_when_it_is_fini
     wait_until(lambda: is_generating(tmp_path))
     assert f"Running (process {process.pid})" in report(job).text
     kill_after(process, 0, signal.SIGKILL)
-    assert "Stopped: " in report(job).text
+    assert "still running" not in (stopped := report(job).text)
+    assert "Stopped: " in stopped and "killed, by what is not known" in stopped
     run_job(load_job(job, overrides=["model.echo.delay=1ms"]), quiet=True)
     page = report(job)
     assert "Finished: 61 of 61 answers, 13 of them errors" in page.text
@@ -273,6 +274,17 @@ def test_texts_are_on_the_page_only_if_asked_for(tmp_path, undrawn):
     assert "secret" not in page.text and "discreet" not in page.text and "id-4" in page.text
     shown = report(job, show_text=True)
     assert "secret 4" in shown.text and "be discreet" in shown.text
+
+
+@pytest.mark.parametrize(("form", "is_kept"), [("native", True), ("openai-batch", False)])
+def test_the_prompt_of_a_batch_line_is_its_text_or_is_not_there(tmp_path, undrawn, form, is_kept):
+    body = {"messages": [{"role": "user", "content": "secret 0"}]}
+    lines = [{"custom_id": "ask", "method": "POST", "url": "/v1/chat/completions", "body": body}]
+    job = write_job(tmp_path, lines, model=QUICK, output={"format": form})
+    run_job(load_job(job), quiet=True)
+    shown = " ".join(report(job, show_text=True).text.split())
+    assert "secret 0" in shown and "{'" not in shown  # the answer, which is the echo of the prompt
+    assert ("Prompt secret 0" in shown) == is_kept
 
 
 # --- looks

@@ -27,8 +27,10 @@ def test_every_state_has_its_words(tmp_path):
     wait_until(lambda: is_generating(tmp_path))
     assert states(job) == ("running", "in_progress")
     assert f"process {process.pid}" in str(job_status(load_job(job)))
+    assert str(job_status(load_job(job))).count("s, running") == 1
     kill_after(process, 0)
     assert states(job) == ("stopped", "cancelled")
+    assert "s, killed" in str(job_status(load_job(job))) and "s, running" not in str(job_status(load_job(job)))
     run_job(load_job(job, overrides=["model.echo.delay=0ms"]), quiet=True)
     assert states(job) == ("finished", "completed")
     counts = job_status(load_job(job)).to_json()["request_counts"]

@@ -116,6 +116,11 @@ class History:
         """The last session has not ended in good order: its process is at work, or died."""
         return bool(self.sessions) and self.sessions[-1].ended == "running"
 
+    def end_as_killed(self) -> None:
+        """Of a run that no process holds: a session without an end was killed. What by, the next session judges."""
+        if self.is_running:
+            self._end("killed")
+
     def is_done(self, number: int) -> bool:
         """Whether this answer, one of those that the run has to give, is committed."""
         return self.done[number - self.first] != 0

@@ -45,6 +45,7 @@ def read_run(output: Path) -> RunState:
         return RunState("damaged", process=process, problem=error)
     if process is not None:
         return RunState("running", history, process)
+    history.end_as_killed()
     if history.is_published and is_in_place(paths, history.published[-1]):
         return RunState("finished", history)
     try:

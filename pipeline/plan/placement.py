@@ -216,6 +216,7 @@ class Placer:
         if (new_tokens := self._new_tokens_that_fit(fit)) >= _FEWEST_NEW_TOKENS:
             yield f"generation.max_new_tokens: {new_tokens}"
         yield from self._caps_in_the_way(fit)
+        yield from self._reserves_in_the_way(fit)
         for other in _STRATEGIES if self.machine.gpus else ():
             if other != strategy and not self.place(other).short:
                 yield f"model.load_strategy: {other}"
@@ -225,6 +226,18 @@ class Placer:
             model = self.spec.model.model_copy(update={key: None})
             if model != self.spec.model and not self._with(model=model).place(fit.placement.strategy).short:
                 yield f"model.{key} left out"
+
+    def _reserves_in_the_way(self, fit: Fit) -> Iterator[str]:
+        """What to allow where only the reserve for other programs is too large, on a machine that they have filled."""
+        for budget in fit.short:
+            key = "cpu_memory" if budget.device == "host" else "gpu_memory"
+            mebibytes = -(-budget.needed_bytes // 2**20)
+            model = self.spec.model.model_copy(update={key: mebibytes * 2**20})
+            if (
+                getattr(self.spec.model, key) is None
+                and not self._with(model=model).place(fit.placement.strategy).short
+            ):
+                yield f"model.{key}: {mebibytes}MiB, which takes of the reserve for other programs"
 
     def _new_tokens_that_fit(self, fit: Fit) -> int:
         """The longest answer with which one sequence fits; 0 where none does or the length is not what is short."""

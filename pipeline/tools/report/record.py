@@ -15,6 +15,7 @@ from pipeline.ledger.history import History, begin_history
 from pipeline.ledger.journal import Record, damaged, read_journal
 from pipeline.ledger.partial import open_to_read, read_group
 from pipeline.ledger.recovery import RunState, no_run, read_run
+from pipeline.output.openai_batch import KEPT_FIELDS
 from pipeline.source.json_object import BadJsonError, read_object
 from pipeline.summary import Histogram, Session, unix_time
 from pipeline.tools.report.timeline import Axis, Spread, Stretch
@@ -147,6 +148,8 @@ class RunRecord:
                     self.finish_reasons.pop("error", None)
         if history is None:
             raise damaged(self.paths.journal, "has no readable first line")
+        if self.run.state != "running":
+            history.end_as_killed()
         return history
 
     def _hold(self, held: int | None, session: SessionRecord, committed_at: float) -> None:
@@ -205,12 +208,16 @@ def shortened(answer: Answer) -> Answer:
 
 
 def _prompt(answer: Answer) -> str | None:
-    """The prompt as far as the answer repeats it: the text, the last message, or whatever fields there are."""
+    """The prompt as far as the answer repeats it: the text, the last message, or whatever fields there are.
+
+    Of a batch line it stands in the body; None where the answers keep no body, as those in OpenAI's format.
+    """
     fields: Any = answer["input"]
-    if not isinstance(fields, dict):
+    if not isinstance(fields, dict) or set(fields) == {*KEPT_FIELDS}:  # pyright: ignore[reportUnknownArgumentType]
         return None
-    messages: Any = fields.get("messages")  # pyright: ignore[reportUnknownMemberType,reportUnknownVariableType]
-    prompt: Any = fields.get("prompt")  # pyright: ignore[reportUnknownMemberType,reportUnknownVariableType]
+    body: Any = fields.get("body")  # pyright: ignore[reportUnknownMemberType,reportUnknownVariableType]
+    asked: Any = body if isinstance(body, dict) else fields  # pyright: ignore[reportUnknownVariableType]
+    messages, prompt = asked.get("messages"), asked.get("prompt")
     if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
         prompt = messages[-1].get("content")  # pyright: ignore[reportUnknownMemberType,reportUnknownVariableType]
     return _clipped(prompt if prompt is not None else fields)
