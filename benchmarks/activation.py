@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from pipeline import talk
 from pipeline.engines import choose_engine
 from pipeline.facts.model_facts import read_facts
-from pipeline.job import say_to_stderr
 from pipeline.loading import load_model
 from pipeline.loading.packed_modules import QuantizedExperts, QuantizedLinear
 from pipeline.loading.resolve import find_model
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=32)
     given = parser.parse_args()
     spec = load_spec(given.job, overrides=["model.activation=int8", "model.load_strategy=no-gpu"])
-    facts = read_facts(find_model(spec.model, config_only=False, report=say_to_stderr))
+    facts = read_facts(find_model(spec.model, config_only=False, report=talk.say))
     plan = make_plan(spec, probe_machine(), facts)
     encode = choose_engine(spec, plan, facts).encoder().encode
     model = load_model(plan).model

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pipeline import load_job
+from pipeline import load_job, talk
 from pipeline.tools.contestant import Contestant
 
 HERE = Path(__file__).parent
@@ -115,13 +115,13 @@ def main() -> None:
 
 def _requests(spec: Any) -> list[dict[str, Any]]:
     """What every contestant is given: token ids as our engine gets them, and lengths."""
-    from pipeline.job import locate_model, prepare, say_to_stderr
+    from pipeline.job import locate_model, prepare
     from pipeline.records import Prompt, Request
     from pipeline.source.inputs import expand_inputs
     from pipeline.source.line_parser import LineParser
     from pipeline.source.lines import read_lines
 
-    facts, _ = locate_model(spec, say_to_stderr, quiet=True)
+    facts, _ = locate_model(spec, talk.say, quiet=True)
     _, choice = prepare(spec, facts)
     encoder, parser = choice.encoder(), LineParser(spec)
     found: list[dict[str, Any]] = []

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
+from pipeline import talk
 from pipeline.errors import EXIT_OK, EXIT_SOME_FAILED, DataError, OvernightError, Problem, UsageError
 from pipeline.source.shard import Shard
 
@@ -33,9 +34,8 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no talk; errors only.")]
-TimeLimit = Annotated[
-    str | None, typer.Option(metavar="DURATION", help="Stop in good order after this time, e.g. 3h; exit code 75.")
-]
+LogJson = Annotated[bool, typer.Option("--log-json", help="Talk on standard error as JSON, one object a line.")]
+TimeLimit = Annotated[str | None, typer.Option(metavar="DURATION", help="Stop in good order after it, e.g. 3h: 75.")]
 Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N items, for a trial.")]
 ShardOf = Annotated[
     Shard | None,
@@ -56,8 +56,10 @@ def run(
     ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
+    log_json: LogJson = False,
 ) -> None:
     """Answer every prompt of the job's input; run again to resume."""
+    talk.use_json(log_json)
     if supervised:
         _supervise(job, overrides, time_limit, limit=limit, shard=shard, fresh=fresh, quiet=quiet, as_json=as_json)
     _run(job, overrides, time_limit, limit=limit, shard=shard, fresh=fresh, quiet=quiet, as_json=as_json)
@@ -72,8 +74,10 @@ def retry(
     time_limit: TimeLimit = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
+    log_json: LogJson = False,
 ) -> None:
     """Answer again the lines of a finished run whose answer is an error, and publish all anew."""
+    talk.use_json(log_json)
     _run(job, overrides, time_limit, limit=limit, shard=shard, retry=True, quiet=quiet, as_json=as_json)
 
 
@@ -88,7 +92,7 @@ def validate(job: JobFile, overrides: Overrides = None, as_json: AsJson = False)
     if as_json:
         _print_json({**validation.to_json(), "problems": found})
     else:
-        _say(str(validation))
+        talk.say(str(validation))
     raise typer.Exit(DataError.exit_code if validation.num_bad else EXIT_OK)
 
 
@@ -211,7 +215,7 @@ def verify(job: JobFile, overrides: Overrides = None, shard: ShardOf = None, as_
     if as_json:
         _print_json({**verification.to_json(), "problems": found})
     else:
-        _say(str(verification))
+        talk.say(str(verification))
     raise typer.Exit(DataError.exit_code if verification.num_problems else EXIT_OK)
 
 
@@ -247,8 +251,8 @@ def bench(
 
     assert job is not None
     spec = load_spec(job, overrides=overrides or ())
-    result = tool.bench_job(spec, num_passes=passes, limit=limit, stock=baseline is not None, say=_say)
-    _say(str(result))
+    result = tool.bench_job(spec, num_passes=passes, limit=limit, stock=baseline is not None, say=talk.say)
+    talk.say(str(result))
     _print_json(result.to_json())
     raise typer.Exit(EXIT_OK if result.valid else EXIT_SOME_FAILED)
 
@@ -312,7 +316,7 @@ def chat(
     if as_json and once is None:
         raise UsageError("--json needs --once")
     spec = load_spec(job, overrides=overrides or ())
-    raise typer.Exit(chat_about(spec, once, say=_say, quiet=quiet, hide_thinking=hide_thinking, as_json=as_json))
+    raise typer.Exit(chat_about(spec, once, say=talk.say, quiet=quiet, hide_thinking=hide_thinking, as_json=as_json))
 
 
 @app.command(epilog="Examples: overnight schema > job.schema.json; overnight schema --markdown | less")
@@ -363,21 +367,18 @@ def _supervise(
     words = [str(job), *(word for override in overrides or () for word in ("--set", override))]
     words += ["--limit", str(limit)] if limit is not None else []
     words += ["--shard", str(shard)] if shard is not None else []
-    words += [word for word, given in (("--quiet", quiet), ("--json", as_json)) if given]
+    switches = {"--quiet": quiet, "--json": as_json, "--log-json": talk.is_json()}
+    words += [word for word, given in switches.items() if given]
     if time_limit is not None:
         overrides = [*(overrides or ()), f"run.time_limit={time_limit}"]
     spec = load_spec(job, overrides=overrides or ())
-    raise typer.Exit(supervise(spec, words, None if quiet else _say, shard=shard, fresh=fresh))
+    raise typer.Exit(supervise(spec, words, None if quiet else talk.say, shard=shard, fresh=fresh))
 
 
 def _teller(*, as_json: bool) -> tuple[Callable[[Problem], None], list[dict[str, Any]]]:
     """Takes problems as they are found: said at once, or kept in the list for one object at the end."""
     found: list[dict[str, Any]] = []
-    return (lambda problem: found.append(asdict(problem))) if as_json else (lambda problem: _say(str(problem))), found
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
+    return (lambda one: found.append(asdict(one))) if as_json else (lambda one: talk.say(str(one))), found
 
 
 def _print_json(value: Any) -> None:
@@ -389,12 +390,11 @@ def main() -> None:
     try:
         app()
     except OvernightError as error:
-        for problem in error.problems:
-            sys.stderr.write(f"overnight: {problem}\n")
+        talk.complain(error)
         sys.exit(error.exit_code)
     except SystemExit as exit_:
         # The command-line library reports wrong usage with 2; sysexits(3) and we say 64.
         sys.exit(UsageError.exit_code if exit_.code == 2 else exit_.code)
     except Exception:  # noqa: BLE001 - a fault of ours
-        traceback.print_exc()
+        talk.confess(traceback.format_exc())
         sys.exit(OvernightError.exit_code)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline import __version__
+from pipeline import __version__, talk
 from pipeline.bandwidth import read_speed
 from pipeline.errors import BusyError, OvernightError, StoppedError
 from pipeline.forecast.census import FIRST_LINES, take_sample
@@ -78,7 +78,7 @@ def run_job(
     OvernightError for whatever keeps the run from starting or going on; what was acknowledged stays, and the same call
     resumes. Signals and `stop` end the run in good order.
     """
-    say = _silence if quiet else say_to_stderr
+    say = _silence if quiet else talk.say
     stop = stop or Stop()
     stop.limit(spec.run.time_limit)
     with stop.signals():
@@ -295,7 +295,7 @@ def _load(choice: EngineChoice, ledger: Ledger, conditions: Mapping[str, Json], 
     """The engine, with its model in memory, and the ledger told so. Raises StoppedError, and what loading raises."""
     try:
         with stop.interrupting("loading the model"):
-            engine, load_s = choice.open(say, say is not _silence and sys.stderr.isatty())
+            engine, load_s = choice.open(say, say is not _silence and sys.stderr.isatty() and not talk.is_json())
     except StoppedError:
         ledger.close(stop.ended)
         raise
@@ -351,12 +351,6 @@ def say_decisions(plan: Plan, say: Say, names: Sequence[str]) -> None:
     for decision in plan.decisions:
         if decision.name in names:
             say(f"{decision.name}: {decision.value} ({decision.reason})")
-
-
-def say_to_stderr(text: str) -> None:
-    """One line of talk for the user."""
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
 
 
 def _silence(_told: object) -> None:

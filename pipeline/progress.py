@@ -7,6 +7,8 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Any, TextIO
 
+from pipeline import talk
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
@@ -49,6 +51,17 @@ class Progress:
             rate = (done - self._answers_before) / elapsed_s
             left = _clock((self._num_answers - done) / rate) if rate > 0 else "unknown"
             share = 100 * done / self._num_answers if self._num_answers else 100.0
+            if talk.is_json():
+                talk.log(
+                    "progress",
+                    done=done,
+                    total=self._num_answers,
+                    failed=tally.failed,
+                    output_tokens=tally.output_tokens,
+                    tokens_per_second=round(tokens_per_s, 3),
+                    left=left,
+                )
+                return
             self._stream.write(
                 f"{done}/{self._num_answers} items ({share:.1f} %), {tokens_per_s:.1f} tok/s, "
                 f"{tally.failed} failed, {left} left\n"
@@ -80,8 +93,11 @@ class Preparation:
             self._bar.n = round(100 * fraction)
             self._bar.refresh()
         elif stage != self._stage:
-            self._stream.write(f"preparing the model: {stage}\n")
-            self._stream.flush()
+            if talk.is_json():
+                talk.log("preparing", stage=stage)
+            else:
+                self._stream.write(f"preparing the model: {stage}\n")
+                self._stream.flush()
         self._stage = stage
 
     def close(self) -> None:
@@ -91,6 +107,8 @@ class Preparation:
 
 def _bar_class(stream: TextIO) -> type[tqdm[Any]] | None:
     """The bar for where `stream` goes; None where a bar would only fill a log."""
+    if talk.is_json():
+        return None
     if _in_notebook():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # without ipywidgets the bar is text, which is as good

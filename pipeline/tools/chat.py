@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pipeline import talk
 from pipeline.errors import OutputError, Problem, StoppedError
-from pipeline.job import locate_model, prepare, say_decisions, say_to_stderr
+from pipeline.job import locate_model, prepare, say_decisions
 from pipeline.records import Completion, Item, Message, Prompt, Rejection, Request
 from pipeline.spec.keys import JobSpec
 from pipeline.spec.settings import default_settings
@@ -52,7 +53,7 @@ class Chat:
         self.system = spec.input.system
         self.messages: list[Message] = []
         self.thinking: ThinkingMode = spec.thinking.mode
-        say = _silence if quiet else say_to_stderr
+        say = _silence if quiet else talk.say
         stop = Stop()
         with _interruptible(stop):
             self._facts, _ = locate_model(self._spec, say, quiet=quiet)

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any, Literal, Self
 
+from pipeline import talk
 from pipeline.errors import DataError, OvernightError, Problem
-from pipeline.job import locate_model, prepare, say_to_stderr
+from pipeline.job import locate_model, prepare
 from pipeline.probe import peak_memory_held
 from pipeline.records import Completion, Engine, Prompt, Request
 from pipeline.source.inputs import expand_inputs
@@ -123,7 +124,7 @@ def _load(spec: JobSpec, limit: int | None, stock: bool) -> tuple[Engine, list[R
     from pipeline.engines import choose_stock_engine
     from pipeline.loading import apply_environment
 
-    facts, _ = locate_model(spec, say_to_stderr, quiet=True)
+    facts, _ = locate_model(spec, talk.say, quiet=True)
     plan, choice = prepare(spec, facts)
     if stock:
         if facts is None:
@@ -148,7 +149,7 @@ def _load(spec: JobSpec, limit: int | None, stock: bool) -> tuple[Engine, list[R
         from pipeline.engines.stock import check_greedy
 
         check_greedy(requests)
-    engine, load_s = choice.open(say_to_stderr, False)
+    engine, load_s = choice.open(talk.say, False)
     introduction = Introduction(
         engine="stock" if stock else plan.engine,
         load_strategy=plan.load_strategy,

@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline import bandwidth
+from pipeline import bandwidth, talk
 from pipeline.errors import EXIT_OK, MachineError, UsageError
-from pipeline.job import say_to_stderr
 from pipeline.ledger.directory_check import check_directory
 from pipeline.machine import Machine
 from pipeline.probe import probe_machine
@@ -84,7 +83,7 @@ def diagnose_machine(machine: Machine | None = None, model: ModelSpec | None = N
     if model is not None and model.path is not None:
         from pipeline.loading.resolve import find_model
 
-        directory = find_model(model, config_only=True, report=say_to_stderr)
+        directory = find_model(model, config_only=True, report=talk.say)
         findings += check_model(directory, machine.usable_memory_bytes)
         subject += f" with {model.path}"
     return Diagnosis(subject, findings)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pipeline.job import Say, copy_output, job_identity, say_to_stderr, upload_of
+from pipeline import talk
+from pipeline.job import Say, copy_output, job_identity, upload_of
 from pipeline.ledger.files import Patience
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.merge import find_merged, merge_parts
@@ -27,7 +28,7 @@ def merge_job(
     or SpecError naming each shard that lacks something, and whatever keeps the output from being written; can be
     interrupted anywhere and called again. `fresh` moves the files of an earlier run, or merge, aside.
     """
-    say = _silence if quiet else say_to_stderr
+    say = _silence if quiet else talk.say
     stop = stop or Stop()
     with stop.signals():
         with stop.interrupting("merging"):

@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline import talk
 from pipeline.forecast.census import Census, take_census
 from pipeline.forecast.forecast import Estimate, Forecast, show_duration
 from pipeline.forecast.speeds import SpeedBook
 from pipeline.forecast.streaming import forecast_plan
-from pipeline.job import library_versions, locate_config, prepare, say_to_stderr
+from pipeline.job import library_versions, locate_config, prepare
 from pipeline.plan.plan import Plan
 from pipeline.source.inputs import expand_inputs
 from pipeline.source.line_parser import LineParser
@@ -112,7 +113,7 @@ def plan_job(
 
     files = expand_inputs(spec.input.path)
     LineParser(spec)  # for what is wrong with the template, before the model is looked for
-    facts = locate_config(spec, say_to_stderr)
+    facts = locate_config(spec, talk.say)
     machine = None if machine_file is None else load_machine(machine_file)
     plan, choice = prepare(spec, facts, machine=machine)
     apply_environment(plan)
@@ -128,7 +129,7 @@ def plan_job(
         plan, _ = prepare(spec, facts, machine=machine, stats=stats)
     book = SpeedBook(plan.speed_key, library_versions(plan.engine))
     if measure and machine is None and census.num_encoded:
-        book.write(measure_speed(spec, plan, census, say_to_stderr))
+        book.write(measure_speed(spec, plan, census, talk.say))
     forecast = forecast_plan(census.work(spec, plan.slots), plan, book.read())
     first = None if census.first_prompt is None else encoder.render(census.first_prompt)
     return PlanReport(
