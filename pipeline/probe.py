@@ -138,11 +138,17 @@ def memory_left(root: Path = Path("/")) -> int | None:
     return min((each for each in left if each is not None), default=None)
 
 
-def memory_held() -> int:
-    """Bytes of memory that this process holds now (its resident set)."""
+def memory_held() -> int | None:
+    """Bytes of memory that this process holds now (its resident set); None where the system cannot say just now.
+
+    Without a free descriptor it cannot, and a figure for a report is no reason for a run to end.
+    """
     import psutil
 
-    return psutil.Process().memory_info().rss
+    try:
+        return psutil.Process().memory_info().rss
+    except OSError:
+        return None
 
 
 def peak_memory_held() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,15 @@ import pytest
 
 from pipeline import probe
 from pipeline.machine import Cgroup, Gpu
-from pipeline.probe import count_cores, count_oom_kills, memory_left, probe_machine, read_cgroup, read_cpu_features
+from pipeline.probe import (
+    count_cores,
+    count_oom_kills,
+    memory_held,
+    memory_left,
+    probe_machine,
+    read_cgroup,
+    read_cpu_features,
+)
 
 GIB = 1 << 30
 
@@ -240,3 +249,13 @@ def test_this_machine_is_a_possible_one_and_torch_stays_out_without_a_gpu() -> N
     assert 1 <= cores <= logical <= (os.cpu_count() or 1)
     assert memory > 1 << 27
     assert out[4] == "False"
+
+
+def test_memory_that_cannot_be_asked_for_is_unknown() -> None:
+    assert (memory_held() or 0) > 1 << 20
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+    try:
+        assert memory_held() is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

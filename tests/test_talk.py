@@ -14,7 +14,6 @@ from pipeline.progress import Progress
 from pipeline.summary import Tally
 from tests.command import overnight, write_job
 
-
 PROMPTS = [{"prompt": "a"}, {"prompt": "b"}]
 
 
