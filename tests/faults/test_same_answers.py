@@ -104,7 +104,7 @@ def test_of_a_real_model_too(tmp_path: Path, trials: Trials, temperature: float)
     for number, chance in enumerate(trials.seeds(13, 50, 2)):
         job = real_job(tmp_path / str(number), temperature)
         process = start("run", job)
-        wait_until(lambda directory=job.parent: is_generating(directory))
+        wait_until(lambda directory=job.parent: is_generating(directory), seconds=300)
         kill_after(process, chance.uniform(0, 3))
         assert overnight("run", job).returncode == 0
         found = answers_of(job.with_name("out.jsonl"))
@@ -125,7 +125,7 @@ def test_deterministic_answers_of_a_real_model_are_the_same_with_other_slots_too
         job = real_job(tmp_path / str(number), 0.7, path=path, deterministic=True, max_new_tokens=48)
         operational = ("--set", "run.save_unfinished=1s", "--set", f"batch.slots={chance.randint(1, 12)}")
         process = start("run", job, *operational)
-        wait_until(lambda directory=job.parent: is_generating(directory))
+        wait_until(lambda directory=job.parent: is_generating(directory), seconds=300)
         kill_after(process, chance.uniform(0, 6))
         assert overnight("run", job).returncode == 0
         assert answers_of(job.with_name("out.jsonl")) == expected, number
