@@ -11,6 +11,7 @@ import pytest
 
 import pipeline.ledger.ledger as ledger_module
 from pipeline.ledger.files import RunPaths
+from tests.command import is_generating, wait_until
 from tests.faults.compare import incomplete, problem_with
 from tests.faults.processes import Preparation, Run, make_job, run_to_end, slow_disk, slow_duration
 from tests.faults.trials import FIRST_SEED, Trials, chances
@@ -72,13 +73,19 @@ def test_an_output_written_in_place_is_seen_half_done(tmp_path: Path, trials: Tr
     assert trials.is_caught(6, "write in place", found, "the output is there, and is not what it says")
 
 
-def invaded(directory: Path, chance: random.Random, *prepare: Preparation) -> str | None:
-    """A stranger's file comes at a random moment into the output's place; what became of it."""
+def invaded(directory: Path, chance: random.Random, *prepare: Preparation, at_work: bool = False) -> str | None:
+    """A stranger's file comes at a random moment into the output's place; what became of it.
+
+    `at_work`: as soon as answers are committed, when it is too late for a look at the start and early enough for all.
+    """
     job = make_job(directory, delay="0ms")
     output, theirs = job.with_name("out.jsonl"), job.with_name("theirs")
     theirs.write_bytes(STRANGER)
     run = Run(job, prepare=[slow_disk, *prepare])
-    run.wait(chance.uniform(0, slow_duration()))
+    if at_work:
+        wait_until(lambda: is_generating(directory), seconds=300)
+    else:
+        run.wait(chance.uniform(0, slow_duration()))
     try:
         output.hardlink_to(theirs)
     except FileExistsError:  # the run was quicker, and the file is its own
@@ -99,5 +106,6 @@ def test_a_strangers_file_stays(tmp_path: Path, trials: Trials) -> None:
 
 
 def test_a_rename_would_overwrite_it(tmp_path: Path, trials: Trials) -> None:
-    found = (invaded(tmp_path / str(number), chance, rename_over) for number, chance in enumerate(chances(200)))
+    tries = enumerate(chances(200))
+    found = (invaded(tmp_path / str(number), chance, rename_over, at_work=True) for number, chance in tries)
     assert trials.is_caught(6, "rename over", found, "overwritten")
