@@ -193,7 +193,7 @@ def _run(
                 engine = _load(choice, ledger, expectation.conditions(forecast), stop, say)
                 progress = Progress(ledger.num_answers, ledger.tally, quiet=quiet)
                 with closing(progress), closing(engine), watch.watching(log):
-                    runner = replace(runner, engine=engine, observe=_observer(ledger, progress, metrics))
+                    runner = replace(runner, engine=engine, observe=_observer(ledger, progress, metrics, engine))
                     if ledger.has_suspects:
                         say("a fault ended an earlier session: what was in flight is tried one by one")
                         runner.run_alone(_prompts(spec, parser, files, limit, ledger.next_suspect_item))
@@ -221,12 +221,12 @@ def library_versions(engine: str) -> dict[str, str]:
     return ours | {name: version(name) for name in libraries}
 
 
-def _observer(ledger: Ledger, progress: Progress, metrics: Metrics) -> Callable[[Tally, int], None]:
+def _observer(ledger: Ledger, progress: Progress, metrics: Metrics, engine: Engine) -> Callable[[Tally, int], None]:
     """Shows what each commit has come to."""
 
     def observe(tally: Tally, num_in_flight: int) -> None:
         progress.show(tally)
-        metrics.show(tally, ledger.sessions, num_in_flight)
+        metrics.show(tally, ledger.sessions, num_in_flight, slots=engine.slots)
 
     return observe
 

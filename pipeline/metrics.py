@@ -61,8 +61,10 @@ class Metrics:
         self._take(tally, sessions)
         self._write()
 
-    def show(self, tally: Tally, sessions: Sequence[Session], num_in_flight: int) -> None:
-        """What a commit has come to; written at most once a second."""
+    def show(self, tally: Tally, sessions: Sequence[Session], num_in_flight: int, *, slots: int | None = None) -> None:
+        """What a commit has come to, and how many `slots` there are now if that may be another number; written at most
+        once a second."""
+        self._slots = self._slots if slots is None else slots
         self._num_in_flight = num_in_flight
         self._committed_at = time.time()
         self._take(tally, sessions)

@@ -162,6 +162,11 @@ class Engine(Protocol):
 
     out_of_memory_events: int  # since the engine was made: each time that memory ran out, whatever came of it
 
+    @property
+    def slots(self) -> int:
+        """How many sequences it decodes together: all that it can, or as many as it has found to be of use."""
+        ...
+
     def generate(self, requests: Iterator[Request]) -> Generator[Completion | None]: ...
 
     def unfinished(self) -> Sequence[Unfinished]:

@@ -32,6 +32,7 @@ WHOLE = Pass(
     prompt_tokens=1000,
     output_tokens=2064,
     num_failed=0,
+    slots=32,
     occupancy=0.97,
     answers_sha256="a",
     answer_digests=("x", "y"),
@@ -73,7 +74,7 @@ def test_decoding_within_the_noise_has_no_rate() -> None:
     [
         (result([WHOLE, WHOLE]), "passes"),
         (result(num_requests=63), "requests"),
-        (result(slots=33), "requests"),
+        (result([replace(WHOLE, slots=33)] * 3), "requests"),
         (result([replace(WHOLE, duration_s=9.0)] * 3), "duration"),
         (result([WHOLE, WHOLE, replace(WHOLE, duration_s=22.0)]), "spread"),
         (result([WHOLE, WHOLE, replace(WHOLE, num_failed=1)]), "failures"),

@@ -202,6 +202,7 @@ def test_thinking_is_dimmed_or_hidden_and_control_characters_do_nothing(monkeypa
 class Recorder:
     """An engine that notes what it is asked, gives these tokens, thinking where it is to think, and answers."""
 
+    slots = 1
     out_of_memory_events = 0
 
     def __init__(self, thought: Sequence[int], answer: Sequence[int]) -> None:

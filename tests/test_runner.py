@@ -20,6 +20,7 @@ from tests.faults.small_run import NUM_ITEMS, answer, identity
 class Scripted:
     """An engine whose every answer takes four tokens, one a step, and that notes what it was given."""
 
+    slots = 1
     out_of_memory_events = 0
 
     def __init__(self, *, raises_at: int | None = None) -> None:

@@ -96,6 +96,8 @@ def _transformers(spec: JobSpec, plan: Plan, context_length: int) -> EngineChoic
             slots=plan.slots,
             cache_tokens=plan.cache_tokens,
             step_tokens=plan.step_tokens,
+            # Where every step reads the disk, more rows always share it.
+            sized=spec.batch.slots == "auto" and plan.streaming is None,
             report=report,
         )
         return engine, time.perf_counter() - began

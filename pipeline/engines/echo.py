@@ -41,7 +41,7 @@ class EchoEngine:
     """
 
     def __init__(self, *, slots: int, misbehaviour: Misbehaviour | None = None) -> None:
-        self._slots = slots
+        self.slots = slots
         self._most = slots  # fewer after memory ran out
         self._misbehaviour = misbehaviour or Misbehaviour()
         self._writing: _Answer | None = None
@@ -64,7 +64,7 @@ class EchoEngine:
                     return
                 clock, _, self._writing = heapq.heappop(in_flight)
                 yield from self._writing.write()
-                self._most = min(self._most + 1, self._slots)
+                self._most = min(self._most + 1, self.slots)
                 completion, self._writing = self._writing.completion, None
                 yield completion
         finally:

@@ -50,6 +50,7 @@ class PaddedEngine:
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary_of(model, tokenizer, thinking)
         self._pad_id = pad_id_of(tokenizer, self._vocabulary)
+        self.slots = slots
         self._rows = Headroom(slots)
         self._cache_tokens = cache_tokens
         self._window = max(window, 1)

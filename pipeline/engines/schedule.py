@@ -88,6 +88,8 @@ class Room:
 class Schedule(Generic[T]):
     """At most `num_slots` requests at a time in `room_tokens` of cache; `most_rows` may be lowered for a while.
 
+    Then those that came last wait where they are.
+
     Beside them one prefix may be kept, in a slot after theirs and in room of theirs, which it leaves to a request that
     would have to run alone otherwise.
     """
@@ -137,16 +139,18 @@ class Schedule(Generic[T]):
             admitted.append(seat)
         return admitted
 
-    def parts(self, budget: int, held: Container[int] = ()) -> list[Part[T]]:
+    def parts(self, budget: int, held: Container[int] = (), *, prompts_first: bool = False) -> list[Part[T]]:
         """What to compute next: a token of each answer under way, then prompts up to `budget` tokens in all.
 
-        Slots that are `held` have to wait. Empty only if nothing is live or all are held.
+        Slots that are `held` have to wait; with `prompts_first` answers wait too as long as prompts can be computed.
+        Empty only if nothing is live or all are held.
         """
-        alone = next((seat for seat in self.live.values() if seat.row.alone), None)
+        seats = list(self.live.values())[: self.most_rows]
+        alone = next((seat for seat in seats if seat.row.alone), None)
         decoding: list[Part[T]] = []
         beginning: list[Part[T]] = []
         kept = () if self.kept is None or self.kept.computed == self.kept.size else (self.kept,)
-        for seat in (*kept, *self.live.values()) if alone is None else (alone,):
+        for seat in (*kept, *seats) if alone is None else (alone,):
             if seat.slot in held:
                 continue
             left = seat.row.num_known - seat.computed
@@ -154,6 +158,8 @@ class Schedule(Generic[T]):
                 decoding.append(Part(seat, seat.computed, seat.computed + 1))
             else:
                 beginning.append(Part(seat, seat.computed, min(seat.row.num_known, seat.size)))
+        if prompts_first and beginning:
+            decoding = []
         budget = max(budget - len(decoding), 1)
         prefill: list[Part[T]] = []
         for part in sorted(beginning, key=lambda part: part.seat.row.num_known - part.begin):

@@ -7,6 +7,7 @@ found by computing its sequences one by one.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from pipeline.engines.prefixes import Prefixes
 from pipeline.engines.row import Row
 from pipeline.engines.sampling import Sampler, stream_key
 from pipeline.engines.schedule import Part, Schedule, Seat
+from pipeline.engines.sizing import Sizing
 from pipeline.engines.slot_cache import Span, Step
 from pipeline.engines.vocabulary import vocabulary_of
 from pipeline.plan.streaming import STEP_TOKENS
@@ -36,8 +38,9 @@ class SlotEngine:
     """At most `slots` sequences are live; all of their tokens, prompt and the longest answer, fit `cache_tokens`.
 
     A longer sequence runs alone. `window` requests wait beyond those that are live, for the longest of them to go
-    first. `report` takes sentences for the user. `deterministic`: answers are the same bit by bit whatever is computed
-    beside them. Raises NotServedError for a model that cannot be packed.
+    first. `sized`: fewer slots are used where timing shows that more bring nothing. `report` takes sentences for the
+    user. `deterministic`: answers are the same bit by bit whatever is computed beside them. Raises NotServedError for a
+    model that cannot be packed.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class SlotEngine:
         window: int,
         report: Callable[[str], None],
         step_tokens: int = STEP_TOKENS,
+        sized: bool = False,
         deterministic: bool = False,
     ) -> None:
         self._own = model
@@ -63,11 +67,17 @@ class SlotEngine:
         self._cache_tokens = cache_tokens
         self._window = window
         self._rows = Headroom(slots)
+        self._sizing = Sizing(slots) if sized else Sizing(slots, slots)
         self._step_tokens = Headroom(max(step_tokens, slots), least=_LEAST_STEP_TOKENS)
         self._report = report
         self._in_flight: dict[tuple[int, int], Row] = {}
         self.out_of_memory_events = 0
         self._begin()
+
+    @property
+    def slots(self) -> int:
+        """How many of its slots it has found to be of use."""
+        return self._sizing.chosen
 
     def generate(self, requests: Iterator[Request]) -> Generator[Completion | None]:
         self._begin()
@@ -110,7 +120,6 @@ class SlotEngine:
     def _begin(self) -> None:
         self._in_flight = {}
         self._schedule: Schedule[Any] = Schedule(num_slots=self._slots, room_tokens=self._cache_tokens)
-        self._schedule.most_rows = self._rows.most
         self._prefixes: Prefixes[Any] = Prefixes(latest_only=self._model.is_recurrent)
         self._latest = LatestPrompts(self._slots)
 
@@ -139,21 +148,26 @@ class SlotEngine:
         if self._model.is_recurrent and (prefix := self._latest.better_prefix(kept.row.prompt if kept else ())):
             self._drop_kept()
             self._schedule.keep(KeptPrefix(prefix))
+        self._schedule.most_rows = min(self._rows.most, self._sizing.limit(len(self._schedule.live)))
         for seat in self._schedule.admit():
             request, reply = seat.row.request, seat.row.reply
             key = stream_key(request.settings.seed, request.item.index, request.sample)
             self._sampler.assign(seat.slot, request.settings, key, request.token_ids, reply.tokens)
             self._prefixes.add(seat, self._schedule.kept)
+        self._sizing.admitted(len(self._schedule.live), self._schedule.num_waiting)
         self._model.cache.resize(self._schedule.room_tokens)
 
     def _step(self) -> Generator[Completion | None]:
         for loan in self._prefixes.settle():
             self._model.copy(loan.lender, loan.borrower, loan.num_tokens)
             loan.borrower.computed = loan.num_tokens
-        parts = self._schedule.parts(self._step_tokens.most, self._prefixes.held)
+        parts = self._schedule.parts(
+            self._step_tokens.most, self._prefixes.held, prompts_first=self._sizing.is_gathering
+        )
         for part in parts:
             part.seat.row.start()
         giving = [part.seat for part in parts if part.gives_token]
+        began = time.perf_counter()
         try:
             tokens = self._compute(parts, giving)
         except Exception as exception:  # a model may raise anything; the row at fault is found by going one by one
@@ -161,6 +175,7 @@ class SlotEngine:
                 raise
             yield from self._begin_anew(parts, exception)
             return
+        self._time(parts, time.perf_counter() - began)
         for part in parts:
             part.seat.computed = part.end
         answers = [answer for seat, token in zip(giving, tokens, strict=True) if (answer := self._push(seat, token))]
@@ -192,6 +207,14 @@ class SlotEngine:
             slots = torch.tensor([seat.slot for seat in giving], device=scores.device)
             with self._model.arithmetic():
                 return self._sampler.next_tokens(scores, slots, _forced(giving, scores.device)).tolist()
+
+    def _time(self, parts: Sequence[Part[Row]], seconds: float) -> None:
+        """A step in which all live rows decoded, and nothing else was done, tells how many rows are of use."""
+        decodes_all = len(parts) == len(self._schedule.live) and all(
+            part.begin and part.end - part.begin == 1 for part in parts
+        )
+        if decodes_all and self._sizing.timed(len(parts), seconds):
+            self._report(self._sizing.verdict())
 
     def _push(self, seat: Seat[Row], token: int) -> Completion | None:
         """Give a sequence its next token; the answer if that was the last."""
@@ -248,7 +271,7 @@ class SlotEngine:
         release_memory()
         self._rows.shrink(num_rows)
         self._step_tokens.shrink(num_tokens)  # what is computed again keeps within it too
-        self._schedule.most_rows = self._rows.most
+        self._sizing.out_of_memory()
         self._report(
             f"out of memory with {num_rows} rows and {num_tokens} tokens in a step; going on with "
             f"{self._rows.most} and {self._step_tokens.most}"
@@ -256,10 +279,10 @@ class SlotEngine:
 
     def _grow(self) -> None:
         """An answer came to its end: what was taken back for lack of memory is tried again."""
+        self._sizing.answered()
         if len(self._schedule.live) >= self._rows.most:
             self._rows.grow()
             self._step_tokens.grow()
-            self._schedule.most_rows = self._rows.most
 
     def _fail(self, row: Row, error: ItemError) -> Completion:
         del self._in_flight[row.key]

@@ -32,6 +32,7 @@ def open_deterministic_engine(
     slots: int,
     cache_tokens: int,
     step_tokens: int = STEP_TOKENS,
+    sized: bool = False,
     report: Callable[[str], None],
 ) -> Engine:
     """The engine whose answers are the same bit by bit whatever the batch, the order, the slots or an interruption.
@@ -51,6 +52,7 @@ def open_deterministic_engine(
             window=slots,
             report=report,
             step_tokens=step_tokens,
+            sized=sized,
             deterministic=True,
         )
         with quiet_libraries():
@@ -75,11 +77,13 @@ def open_engine(
     slots: int,
     cache_tokens: int,
     step_tokens: int = STEP_TOKENS,
+    sized: bool = False,
     report: Callable[[str], None],
 ) -> Engine:
     """The fastest engine that answers as the model itself would, after a check of a few prompts.
 
-    `report` is told why a model is not packed, and of one that answers otherwise in a batch than alone.
+    `report` is told why a model is not packed, and of one that answers otherwise in a batch than alone. `sized`: the
+    engine finds out how many of the slots are of use, where they are packed.
     """
     try:
         engine = SlotEngine(
@@ -91,6 +95,7 @@ def open_engine(
             window=slots,
             report=report,
             step_tokens=step_tokens,
+            sized=sized,
         )
         with quiet_libraries():  # a layer says at its first step which of its kernels are not installed
             difference, rounding = engine.self_check()

@@ -264,7 +264,11 @@ class GenerationSpec(Sampling):
 class BatchSpec(Section):
     """How much is worked on at once; changes speed and memory, not answers."""
 
-    slots: Literal["auto"] | Count = Field(default="auto", description="Sequences decoded together.")
+    slots: Literal["auto"] | Count = Field(
+        default="auto",
+        description="Sequences decoded together. auto: as many as memory holds and help, by steps timed when a run "
+        "begins.",
+    )
     cache_tokens: Literal["auto"] | Count = Field(default="auto", description="Total tokens of context held at once.")
 
 

@@ -60,6 +60,11 @@ class Result:
         return median(one.duration_s for one in self.prefills)
 
     @property
+    def slots(self) -> int:
+        """Sequences that were decoded together."""
+        return self.wholes[-1].slots
+
+    @property
     def spread(self) -> float:
         """Between the slowest and the fastest pass, as a part of the median."""
         durations = [one.duration_s for one in self.wholes]
@@ -96,7 +101,7 @@ class Result:
             num_answers=one.num_requests,
             prompt_tokens=self.wholes[-1].prompt_tokens,
             output_tokens=self.wholes[-1].output_tokens,
-            concurrency=min(one.slots, one.num_requests),
+            concurrency=min(self.slots, one.num_requests),
             generation_s=self.duration_s,
             prefill_s=self.prefill_s,
             load_s=one.load_s,
@@ -106,8 +111,8 @@ class Result:
     def rules(self) -> list[Rule]:
         """What makes the figures count."""
         num_failed = max(one.num_failed for one in self.wholes) + self.introduction.num_rejected
-        num_requests, slots = self.introduction.num_requests, self.introduction.slots
-        enough = max(MIN_REQUESTS, MIN_SLOTFULS * slots)
+        num_requests = self.introduction.num_requests
+        enough = max(MIN_REQUESTS, MIN_SLOTFULS * self.slots)
         return [
             Rule("passes", f"at least {MIN_PASSES}", str(len(self.wholes)), len(self.wholes) >= MIN_PASSES),
             Rule("requests", f"at least {enough}", str(num_requests), num_requests >= enough),
@@ -126,6 +131,7 @@ class Result:
         whole = self.wholes[-1]
         return {
             **{name: value for name, value in asdict(self.introduction).items() if name != "speed_key"},
+            "slots": self.slots,
             "durations_s": [round(one.duration_s, 4) for one in self.wholes],
             "prefill_durations_s": [round(one.duration_s, 4) for one in self.prefills],
             "duration_s": round(self.duration_s, 4),

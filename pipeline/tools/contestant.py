@@ -26,7 +26,7 @@ from pipeline.spec.keys import JobSpec
 
 Kind = Literal["warm-up", "prefill", "whole"]
 
-_WARM_UP_TOKENS = 8
+_WARM_UP_TOKENS = 20  # of each request: an engine needs as many to find out how many slots are of use
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Introduction:
     load_strategy: str
     dtype: str
     weights: str
-    slots: int
+    slots: int  # that there are
     num_threads: int
     load_s: float
     num_requests: int
@@ -53,6 +53,7 @@ class Pass:
     prompt_tokens: int
     output_tokens: int
     num_failed: int
+    slots: int  # that the engine found to be of use
     occupancy: float | None  # part of the slots in use until the last request began; None where nothing was timed
     answers_sha256: str  # of all answers in input order, texts and token counts
     answer_digests: tuple[str, ...] = field(repr=False)  # of each, in input order
@@ -114,7 +115,7 @@ def _serve(connection: Connection, spec: JobSpec, limit: int | None, stock: bool
             except EOFError:
                 return
             try:
-                connection.send(run_pass(engine, select(requests, kind, introduction.slots), introduction.slots))
+                connection.send(run_pass(engine, select(requests, kind, introduction.slots)))
             except OvernightError as error:
                 connection.send(error)
                 return
@@ -155,7 +156,7 @@ def _load(spec: JobSpec, limit: int | None, stock: bool) -> tuple[Engine, list[R
         load_strategy=plan.load_strategy,
         dtype=plan.dtype,
         weights=plan.weights,
-        slots=getattr(engine, "slots", plan.slots),
+        slots=engine.slots,
         num_threads=plan.num_threads,
         load_s=round(load_s, 3),
         num_requests=len(requests),
@@ -180,7 +181,7 @@ def select(requests: Sequence[Request], kind: Kind, slots: int) -> Sequence[Requ
     ]
 
 
-def run_pass(engine: Engine, requests: Sequence[Request], slots: int) -> Pass:
+def run_pass(engine: Engine, requests: Sequence[Request]) -> Pass:
     """Let the engine answer all requests once."""
     began = time.perf_counter()
     with closing(engine.generate(iter(requests))) as stream:
@@ -194,7 +195,8 @@ def run_pass(engine: Engine, requests: Sequence[Request], slots: int) -> Pass:
         prompt_tokens=sum(usage.prompt_tokens for usage in usages),
         output_tokens=sum(usage.completion_tokens for usage in usages),
         num_failed=sum(answer.error is not None for answer in answers),
-        occupancy=occupancy(answers, slots),
+        slots=engine.slots,
+        occupancy=occupancy(answers, engine.slots),
         answers_sha256=hashlib.sha256("".join(digests).encode()).hexdigest(),
         answer_digests=digests,
         peak_host_bytes=peak_memory_held(),

@@ -35,7 +35,7 @@ def measure_speed(spec: JobSpec, plan: Plan, census: Census, say: Callable[[str]
         num_answers=introduction.num_requests,
         prompt_tokens=whole.prompt_tokens,
         output_tokens=whole.output_tokens,
-        concurrency=min(introduction.slots, introduction.num_requests),
+        concurrency=min(whole.slots, introduction.num_requests),
         generation_s=whole.duration_s,
         prefill_s=prefill.duration_s,
         load_s=introduction.load_s,
