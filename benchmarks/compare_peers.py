@@ -1,20 +1,24 @@
 """Runs us and our peers on the same lines with the same token counts, in turn, and prints one table.
 
-    python benchmarks/compare_peers.py WORKLOAD.jsonl MODEL [--passes 3]
-        [--peer stock:bfloat16] [--peer openvino:float32,python=/envs/openvino/bin/python,model=smollm2.gguf] ...
+    python benchmarks/compare_peers.py MODEL WORKLOAD.jsonl ... [--passes 3] [--minutes 35]
+        [--peer stock:float32,passes=1] [--peer openvino,python=/envs/openvino/bin/python,model=smollm2.gguf] ...
 
-A peer is NAME[:DTYPE][,python=ITS PYTHON][,model=ITS MODEL]; names are those of `peers.py`. Without --peer, stock
-transformers in float32 and bfloat16. Each is loaded once, in a process and, if given, an environment of its own;
-loading and a warm-up are left out; the passes alternate, so that a slow minute of the machine hits all. Who does not
-start is left out of the table with the reason. `benchmarks/README.md` says how each is installed.
+A peer is NAME[:DTYPE] and then, after commas, python=ITS PYTHON, model=ITS MODEL, slots=N, passes=N; names are those of
+`peers.py`. Without --peer, stock transformers in float32 and bfloat16. Each is loaded once, in a process and, if given,
+an environment of its own; loading and a warm-up are left out; the passes alternate, so that a slow minute of the
+machine hits all. Every pass is a line of JSON as soon as it is over, and the table comes last, whatever happened: who
+fails is in it with the reason, and when the minutes are over no further pass begins. `benchmarks/README.md` says how
+each is installed.
 """
 
 import argparse
 import json
+import select
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
+import time
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -27,90 +31,128 @@ HERE = Path(__file__).parent
 
 
 @dataclass
+class Figures:
+    """What one contestant has measured on one workload."""
+
+    durations_s: list[float] = field(default_factory=list)
+    num_tokens: int = 0
+    occupancies: list[float] = field(default_factory=list)
+    answers: list[list[int]] = field(default_factory=list)  # of the first pass
+
+
+@dataclass
 class Peer:
-    """A process of `peers.py` and what it has measured."""
+    """A process of `peers.py`; once it has failed it stays out, and says why."""
 
     name: str
     command: list[str]
+    words: Path  # what it says on standard error
+    most_passes: int
     load_s: float = 0.0
-    durations: list[float] = field(default_factory=list)
-    num_tokens: int = 0
-    answers: list[list[int]] = field(default_factory=list)
+    failure: str = ""
     process: Any = None
 
-    def start(self) -> str:
-        """Load and warm up; why that failed, if it did."""
-        self.process = subprocess.Popen(
-            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        line = self.process.stdout.readline()
-        if not line:
-            return self.process.stderr.read().strip().rpartition("\n")[2][-200:]
-        self.load_s = json.loads(line)["load_s"]
-        return ""
+    def start(self, limit_s: float) -> None:
+        """Load and warm up."""
+        with self.words.open("w") as words:
+            self.process = subprocess.Popen(
+                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words, text=True
+            )
+        self.load_s = self._receive(limit_s).get("load_s", 0.0)
 
-    def measure(self) -> None:
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        found = json.loads(self.process.stdout.readline())
-        if not found["exact"]:
-            raise SystemExit(f"{self.name} did not answer with exact lengths")
-        self.durations.append(found["duration_s"])
-        self.num_tokens, self.answers = found["output_tokens"], found["answers"]
+    def measure(self, workload: str, number: int, limit_s: float) -> dict[str, Any]:
+        """One pass: `duration_s`, `output_tokens` and `answers`, or nothing if it fails."""
+        with suppress(OSError):  # it has ended, and what it said last tells why
+            self.process.stdin.write(json.dumps({"workload": workload, "number": number}) + "\n")
+            self.process.stdin.flush()
+        found = self._receive(limit_s)
+        if found and not found["exact"]:
+            self.failure, found = "its answers have not the lengths that were asked for", {}
+        return found
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def _receive(self, limit_s: float) -> dict[str, Any]:
+        """Its next line. It writes one for each that it is sent, so nothing waits in a buffer here."""
+        if not select.select([self.process.stdout], [], [], limit_s)[0]:
+            self.process.kill()
+            self.process.wait()
+            self.failure = f"took more than {limit_s:.0f} s"
+            return {}
+        if line := self.process.stdout.readline():
+            return json.loads(line)
+        said = self.words.read_text(errors="replace").split("\n")
+        last = next((line.strip() for line in reversed(said) if line.strip()), "nothing said")
+        self.failure = f"ended with {self.process.wait()}: {last[-200:]}".replace("|", "/")
+        return {}
 
 
-def peer_of(text: str, model: str, requests: Path, slots: int) -> Peer:
+def peer_of(text: str, model: str, workloads: Path, options: argparse.Namespace) -> Peer:
     name, *settings = text.split(",")
     given = dict(setting.split("=", 1) for setting in settings)
     peer, _, dtype = name.partition(":")
     command = [given.get("python", sys.executable), str(HERE / "peers.py"), peer, given.get("model", model)]
-    return Peer(name, [*command, str(requests), "--dtype", dtype or "float32", "--slots", str(slots)])
+    command += [str(workloads), "--dtype", dtype or "float32", "--slots", given.get("slots", str(options.slots))]
+    words = workloads.with_name(f"{name}.err")
+    return Peer(name, command, words, int(given.get("passes", options.passes)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workload", type=Path)
     parser.add_argument("model")
+    parser.add_argument("workloads", type=Path, nargs="+")
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--slots", type=int, default=128)
+    parser.add_argument("--minutes", type=float, default=60, help="after so many no pass begins that may not be over")
+    parser.add_argument("--limit", type=float, default=300, help="seconds that a peer may take to load, or for a pass")
     parser.add_argument("--peer", action="append", default=[])
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    ends_at = time.monotonic() + options.minutes * 60
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
-        job = Path(directory) / "job.yaml"
-        facts = {"model": {"path": options.model}, "input": {"path": str(options.workload)}}
-        facts |= {"output": {"path": str(Path(directory) / "out.jsonl")}, "batch": {"slots": options.slots}}
-        job.write_text(json.dumps(facts))  # JSON is YAML
-        spec = load_job(job)
-        requests = Path(directory) / "requests.json"
-        requests.write_text(json.dumps(_requests(spec)))
-        ours = stack.enter_context(Contestant(spec, limit=None, stock=False))
-        ours.measure("warm-up")
-        peers: list[Peer] = []
-        for text in options.peer or ["stock:float32", "stock:bfloat16"]:
-            peer = peer_of(text, options.model, requests, options.slots)
-            why = peer.start()
-            stack.callback(peer.process.kill)
-            if why:
-                print(f"{peer.name} is left out: {why}", file=sys.stderr)
-            else:
-                peers.append(peer)
-        passes = []
+        specs = {path.stem: _job(options, path, Path(directory)) for path in options.workloads}
+        workloads = Path(directory) / "workloads.json"
+        workloads.write_text(json.dumps({name: _requests(spec) for name, spec in specs.items()}))
+        ours: dict[str, Contestant] = {}
+        for name, spec in specs.items():
+            ours[name] = stack.enter_context(Contestant(spec, limit=None, stock=False))
+            ours[name].measure("warm-up")
+        introduction = next(iter(ours.values())).introduction
+        own = "overnight:" + introduction.dtype
+        peers = [
+            peer_of(text, options.model, workloads, options)
+            for text in options.peer or ["stock:float32", "stock:bfloat16"]
+        ]
+        for peer in peers:
+            stack.callback(peer.close)
+            peer.start(options.limit)
+            _tell(peer=peer.name, load_s=peer.load_s, failure=peer.failure)
+        figures: dict[tuple[str, str], Figures] = {
+            (workload, name): Figures() for workload in ours for name in [own, *(peer.name for peer in peers)]
+        }
         for number in range(options.passes):
-            passes.append(ours.measure("whole"))
-            for peer in peers:
-                peer.measure()
-            print(f"pass {number + 1} of {options.passes}", file=sys.stderr)
-        own = [one.duration_s for one in passes]
-        rows = [("overnight:" + ours.introduction.dtype, ours.introduction.load_s, own, passes[0].output_tokens)]
-        rows += [(peer.name, peer.load_s, peer.durations, peer.num_tokens) for peer in peers]
-        print(_table(rows))
-        if options.json:
-            facts = [
-                {"name": name, "load_s": load, "durations_s": times, "output_tokens": count}
-                for name, load, times, count in rows
-            ]
-            options.json.write_text(json.dumps(facts, indent=1))
+            for workload, contestant in ours.items():
+                if _fits(figures[workload, own], ends_at):
+                    done = contestant.measure("whole")
+                    facts = {"duration_s": done.duration_s, "output_tokens": done.output_tokens}
+                    _note(figures[workload, own], facts, workload=workload, peer=own, occupancy=done.occupancy)
+                for peer in peers:
+                    known = figures[workload, peer.name]
+                    if peer.failure or number >= peer.most_passes or not _fits(known, ends_at):
+                        continue
+                    found = peer.measure(workload, number, options.limit)
+                    _note(known, found, workload=workload, peer=peer.name, failure=peer.failure)
+        loads = {own: introduction.load_s} | {peer.name: peer.load_s for peer in peers}
+        print(table(figures, own, loads, {peer.name: peer.failure for peer in peers}), flush=True)
+
+
+def _job(options: argparse.Namespace, workload: Path, directory: Path) -> Any:
+    job = directory / f"{workload.stem}.yaml"
+    facts = {"model": {"path": options.model}, "input": {"path": str(workload)}}
+    facts |= {"output": {"path": str(job.with_suffix(".jsonl"))}, "batch": {"slots": options.slots}}
+    job.write_text(json.dumps(facts))  # JSON is YAML
+    return load_job(job)
 
 
 def _requests(spec: Any) -> list[dict[str, Any]]:
@@ -134,14 +176,52 @@ def _requests(spec: Any) -> list[dict[str, Any]]:
     return found
 
 
-def _table(rows: list[tuple[str, float, list[float], int]]) -> str:
-    ours = median(rows[0][2])
-    lines = ["| | output tokens/s | spread | ours is faster by | load s |", "|---|---|---|---|---|"]
-    for name, load_s, durations, num_tokens in rows:
-        middle = median(durations)
-        spread = (max(durations) - min(durations)) / middle
-        lines.append(f"| {name} | {num_tokens / middle:.1f} | {spread:.0%} | {middle / ours:.2f} | {load_s:.1f} |")
+def _fits(known: Figures, ends_at: float) -> bool:
+    """Whether there is time for another pass, as long as the longest so far."""
+    return time.monotonic() + max(known.durations_s, default=0.0) < ends_at
+
+
+def _note(known: Figures, found: dict[str, Any], *, occupancy: float | None = None, **facts: Any) -> None:
+    """Keep what a pass has found, and tell it."""
+    if found:
+        known.durations_s.append(found["duration_s"])
+        known.num_tokens = found["output_tokens"]
+        known.occupancies += [occupancy] if occupancy is not None else []
+        known.answers = known.answers or found.get("answers", [])
+        facts |= {"duration_s": found["duration_s"], "output_tokens": found["output_tokens"], "occupancy": occupancy}
+    _tell(**facts)
+
+
+def _tell(**facts: Any) -> None:
+    print(json.dumps({name: value for name, value in facts.items() if value not in ("", None)}), flush=True)
+
+
+def table(figures: dict[tuple[str, str], Figures], own: str, loads: dict[str, float], failures: dict[str, str]) -> str:
+    """Medians of each workload and contestant, in Markdown."""
+    lines = [
+        "| | | output tokens/s | passes, spread | ours is faster by | slots in use | same answers as stock | load s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (workload, name), known in figures.items():
+        if not known.durations_s:
+            lines.append(f"| {workload} | {name} | {failures.get(name) or 'no time left'} | | | | | |")
+            continue
+        middle = median(known.durations_s)
+        spread = f"{len(known.durations_s)}, {(max(known.durations_s) - min(known.durations_s)) / middle:.0%}"
+        first = figures[workload, own].durations_s
+        ratio = f"{middle / median(first):.2f}" if first and name != own else ""
+        occupancy = f"{median(known.occupancies):.1%}" if known.occupancies else ""
+        stock = next((one.answers for key, one in figures.items() if _is_stock(key, workload) and one.answers), [])
+        pairs = list(zip(known.answers, stock, strict=True)) if known.answers and stock else []
+        same = f"{sum(a == b for a, b in pairs)} of {len(pairs)}" if pairs and known.answers is not stock else ""
+        rate, load = f"{known.num_tokens / middle:.1f}", f"{loads[name]:.1f}"
+        lines.append(f"| {workload} | {name} | {rate} | {spread} | {ratio} | {occupancy} | {same} | {load} |")
+    lines += [f"\n{name} failed: {why}" for name, why in failures.items() if why]
     return "\n".join(lines)
+
+
+def _is_stock(key: tuple[str, str], workload: str) -> bool:
+    return key[0] == workload and key[1].partition(":")[0] == "stock"
 
 
 if __name__ == "__main__":

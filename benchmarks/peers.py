@@ -1,10 +1,11 @@
 """One peer in a process and an environment of its own; `compare_peers.py` starts it and tells it when to run.
 
-    python benchmarks/peers.py PEER MODEL REQUESTS.json [--dtype float32] [--slots 128]
+    python benchmarks/peers.py PEER MODEL WORKLOADS.json [--dtype float32] [--slots 128]
 
-REQUESTS holds `[{"token_ids": [...], "max_new_tokens": N}, ...]`. The first line on standard output says what was
-loaded, then each line on standard input has all requests answered once, greedily, to exactly their lengths, and gives a
-line with the seconds and the tokens. This file needs of us nothing: the peers' own environments run it.
+WORKLOADS holds `{NAME: [{"token_ids": [...], "max_new_tokens": N}, ...]}`. The first line on standard output says what
+was loaded, then each line on standard input, `{"workload": NAME, "number": N}`, has all its requests answered once,
+greedily, to exactly their lengths, and gives a line with the seconds and the tokens. This file needs of us nothing: the
+peers' own environments run it.
 """
 
 import argparse
@@ -13,7 +14,9 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.request import Request, urlopen
 
 Requests = list[dict[str, Any]]
 Run = Callable[[Requests], list[list[int]]]  # the tokens of each answer
@@ -68,7 +71,9 @@ def generate_batch(model: str, options: argparse.Namespace) -> Run:
             for place, one in enumerate(requests):
                 manager.add_request(one["token_ids"], request_id=str(place), max_new_tokens=one["max_new_tokens"])
             while len(found) < len(requests):
-                output = manager.get_result(timeout=60)
+                output = manager.get_result(timeout=1)
+                if output is None and not manager.is_running():
+                    raise SystemExit("its continuous batching stopped")
                 if output is not None and output.is_finished():
                     found[output.request_id] = output.generated_tokens
         return [found[str(place)] for place in range(len(requests))]
@@ -124,14 +129,41 @@ def vllm(model: str, options: argparse.Namespace) -> Run:
     return run
 
 
-PEERS = {"stock": stock, "generate_batch": generate_batch, "openvino": openvino, "vllm": vllm}
+def llama_cpp(model: str, options: argparse.Namespace) -> Run:
+    """llama.cpp's server in this process, asked over HTTP by as many clients as it has slots, and some that wait."""
+    import xllamacpp  # pyright: ignore[reportMissingImports]
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = model  # a GGUF file
+    parameters.n_parallel = options.slots
+    parameters.n_ctx = options.slots * options.longest
+    parameters.cache_ram_mib = options.cache_gb * 1024  # of other slots' prompts
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = options.threads
+    server = xllamacpp.Server(parameters)
+
+    def ask(one: dict[str, Any]) -> list[int]:
+        wish = {"prompt": one["token_ids"], "n_predict": one["max_new_tokens"], "ignore_eos": True}
+        wish |= {"samplers": ["top_k"], "top_k": 1, "cache_prompt": True, "return_tokens": True}
+        body = json.dumps(wish).encode()
+        request = Request(server.listening_address + "/completion", body, {"Content-Type": "application/json"})
+        with urlopen(request) as response:
+            return json.load(response)["tokens"]
+
+    def run(requests: Requests) -> list[list[int]]:
+        with ThreadPoolExecutor(options.slots + BATCH) as clients:
+            return list(clients.map(ask, requests))
+
+    return run
+
+
+PEERS = {"stock": stock, "generate_batch": generate_batch, "openvino": openvino, "vllm": vllm, "llama.cpp": llama_cpp}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("peer", choices=PEERS)
     parser.add_argument("model")
-    parser.add_argument("requests")
+    parser.add_argument("workloads")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--slots", type=int, default=128)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -141,24 +173,34 @@ def main() -> None:
     ours = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    with open(options.requests, encoding="utf-8") as file:  # noqa: PTH123 - no more than a peer's Python may know
-        requests: Requests = json.load(file)
+    with open(options.workloads, encoding="utf-8") as file:  # noqa: PTH123 - no more than a peer's Python may know
+        workloads: dict[str, Requests] = json.load(file)
+    options.longest = _longest(workloads)
     began = time.perf_counter()
     run = PEERS[options.peer](options.model, options)
     loaded = time.perf_counter()
-    run([one | {"max_new_tokens": 4} for one in requests[:BATCH]])  # warm-up
+    by_length = sorted((one for some in workloads.values() for one in some), key=lambda one: len(one["token_ids"]))
+    run([one | {"max_new_tokens": 4} for one in by_length[:BATCH]])  # warm-up
     print(json.dumps({"load_s": loaded - began}), file=ours)
-    for number, _ in enumerate(sys.stdin):
+    for line in sys.stdin:
+        wish = json.loads(line)
         # Prefix caches outlive a pass: another first token keeps what was shared within one, and no more.
-        own = [one | {"token_ids": [_OTHER + number, *one["token_ids"][1:]]} for one in requests]
+        first = _OTHER + wish["number"]
+        requests = [one | {"token_ids": [first, *one["token_ids"][1:]]} for one in workloads[wish["workload"]]]
         began = time.perf_counter()
-        answers = run(own)
+        answers = run(requests)
         duration = time.perf_counter() - began
         exact = all(len(answer) == one["max_new_tokens"] for answer, one in zip(answers, requests, strict=True))
         count = sum(map(len, answers))
         print(
             json.dumps({"duration_s": duration, "output_tokens": count, "exact": exact, "answers": answers}), file=ours
         )
+
+
+def _longest(workloads: dict[str, Requests]) -> int:
+    """Tokens of the longest sequence, prompt and answer, in whole blocks of 256."""
+    sequences = (len(one["token_ids"]) + one["max_new_tokens"] for some in workloads.values() for one in some)
+    return -(-max(sequences) // 256) * 256
 
 
 if __name__ == "__main__":
