@@ -273,6 +273,7 @@ def prepare(
     Without `stats`, where memory bounds the batch, the first lines of `files` tell how long prompts are.
     """
     from pipeline.engines import choose_engine
+    from pipeline.loading import apply_environment
     from pipeline.plan.budget import MAX_SLOTS
     from pipeline.plan.plan import make_plan
     from pipeline.probe import probe_machine
@@ -285,9 +286,10 @@ def prepare(
         plan = make_plan(spec, here, facts, stats)
     choice = choose_engine(spec, plan, facts)
     if files and stats is None and facts is not None and plan.slots < MAX_SLOTS:
+        apply_environment(plan)  # the encoder imports what reads it
         sample = take_sample(spec, files, range(FIRST_LINES), choice.encoder().encode, most=FIRST_LINES)
         plan = make_plan(spec, here, facts, sample.prompt_stats)
-        choice = choose_engine(spec, plan, facts)
+        choice = choice.revised(plan)
     return plan, choice
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -14,12 +15,16 @@ import pytest
 from pipeline import loading
 from pipeline.errors import MachineError, NotFoundError, SpecError
 from pipeline.facts.model_facts import read_facts
+from pipeline.job import prepare
 from pipeline.kernels.plain import is_served
 from pipeline.loading import apply_environment, load_model
 from pipeline.machine import Machine
 from pipeline.plan.plan import Plan, make_plan
+from pipeline.prompting import encoder
+from pipeline.source.inputs import expand_inputs
 from pipeline.spec.keys import JobSpec
 from tests.model_files import INT4, LLAMA, write_model
+from tests.tiny_models import bytes_tokenizer
 
 GIB = 1 << 30
 HERE = Machine(
@@ -194,3 +199,43 @@ def test_the_environment_is_as_planned(llama: Path, monkeypatch: pytest.MonkeyPa
         assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
     finally:
         torch.set_num_threads(threads)
+
+
+def test_garbage_is_looked_for_more_rarely_but_not_where_it_is_never(llama: Path) -> None:
+    usual = gc.get_threshold()
+    try:
+        for set_, expected in ((700, 200_000), (0, 0), (10**6, 10**6)):
+            gc.set_threshold(set_)
+            apply_environment(plan_of(llama, environment=()))
+            assert gc.get_threshold()[0] == expected
+    finally:
+        gc.set_threshold(*usual)
+
+
+def test_the_tokenizer_of_a_plan_that_is_revised_is_read_once_and_after_the_environment_is_set(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[str | None] = []
+
+    def load_tokenizer(_directory: Path, *, trust_remote_code: bool) -> Any:
+        reads.append(os.environ.get("GOMP_SPINCOUNT"))
+        return bytes_tokenizer()
+
+    monkeypatch.setattr(encoder, "load_tokenizer", load_tokenizer)
+    monkeypatch.setattr(loading.os, "environ", dict(os.environ))
+    os.environ.pop("GOMP_SPINCOUNT", None)
+    lines = tmp_path / "in.jsonl"
+    lines.write_text('{"prompt": "a few words"}\n')
+    spec = JobSpec.model_validate(
+        {
+            "model": {"path": str(llama), "load_strategy": "no-gpu"},
+            "input": {"path": str(lines), "chat_template": "off"},
+            "generation": {"max_new_tokens": 16},
+            "batch": {"cache_tokens": 500},
+            "output": {"path": "y"},
+        }
+    )
+    plan, choice = prepare(spec, read_facts(llama), machine=HERE, files=expand_inputs(spec.input.path))
+    choice.encoder()
+    assert plan.slots == 500 // (len("a few words") + 16)
+    assert reads == ["1000"]

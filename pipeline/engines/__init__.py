@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from pipeline.plan.plan import Plan
 from pipeline.records import Engine, Prompt, Rejection, Request
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pipeline.prompting.encoder import PromptEncoder, ThinkingTags
 
 Report = Callable[[str], None]  # takes a sentence for the user
+_Encoding: TypeAlias = "tuple[Callable[[], Any], Callable[[], PromptEncoder]]"
 
 _ECHO_CONTEXT_LENGTH = 1 << 20
 
@@ -43,6 +44,7 @@ class EngineChoice:
 
     encoder: Callable[[], Encoder]
     open: Callable[[Report, bool], tuple[Engine, float]]  # shows a bar or not; and the seconds it took to load
+    revised: Callable[[Plan], EngineChoice]  # the same for another plan of the job; what is loaded stays
 
 
 def choose_engine(spec: JobSpec, plan: Plan, facts: ModelFacts | None) -> EngineChoice:
@@ -50,7 +52,7 @@ def choose_engine(spec: JobSpec, plan: Plan, facts: ModelFacts | None) -> Engine
     if plan.engine == "echo":
         return _echo(spec, plan)
     assert facts is not None
-    return _transformers(spec, plan, facts.architecture.context_length)
+    return _transformers(spec, plan, _encoding(spec, plan, facts.architecture.context_length))
 
 
 def _echo(spec: JobSpec, plan: Plan) -> EngineChoice:
@@ -62,6 +64,7 @@ def _echo(spec: JobSpec, plan: Plan) -> EngineChoice:
     return EngineChoice(
         encoder=lambda: BytesEncoder(context_length=_ECHO_CONTEXT_LENGTH, over_length=spec.input.over_length),
         open=lambda _report, _show_progress: (EchoEngine(slots=plan.slots, misbehaviour=misbehaviour), 0.0),
+        revised=lambda other: _echo(spec, other),
     )
 
 
@@ -77,11 +80,11 @@ def choose_stock_engine(spec: JobSpec, plan: Plan, facts: ModelFacts) -> EngineC
         loaded = load_model(replace(plan, weights="stock", plain_kernel=False), show_progress=show_progress)
         return StockEngine(loaded.model, tokenizer(), encoder().thinking), time.perf_counter() - began
 
-    return EngineChoice(encoder=encoder, open=open_)
+    return EngineChoice(encoder, open_, lambda other: choose_stock_engine(spec, other, facts))
 
 
-def _transformers(spec: JobSpec, plan: Plan, context_length: int) -> EngineChoice:
-    tokenizer, encoder = _encoding(spec, plan, context_length)
+def _transformers(spec: JobSpec, plan: Plan, encoding: _Encoding) -> EngineChoice:
+    tokenizer, encoder = encoding
 
     def open_(report: Report, show_progress: bool) -> tuple[Engine, float]:
         from pipeline.engines.transformers import open_deterministic_engine, open_engine
@@ -102,10 +105,10 @@ def _transformers(spec: JobSpec, plan: Plan, context_length: int) -> EngineChoic
         )
         return engine, time.perf_counter() - began
 
-    return EngineChoice(encoder=encoder, open=open_)
+    return EngineChoice(encoder, open_, lambda other: _transformers(spec, other, encoding))
 
 
-def _encoding(spec: JobSpec, plan: Plan, context_length: int) -> tuple[Callable[[], Any], Callable[[], PromptEncoder]]:
+def _encoding(spec: JobSpec, plan: Plan, context_length: int) -> _Encoding:
     """The model's tokenizer and its encoder, each read when it is first asked for."""
     assert plan.model_dir is not None
     model_dir = Path(plan.model_dir)

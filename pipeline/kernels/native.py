@@ -71,9 +71,14 @@ def _library(source: Path, directory: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(compiled))
 
 
+@cache
+def _version(compiler: str) -> bytes:
+    return subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=_TIMEOUT_S).stdout
+
+
 def _key(source: Path, compiler: str) -> str:
     """What the compiled code depends on."""
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=_TIMEOUT_S).stdout
+    version = _version(compiler)
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

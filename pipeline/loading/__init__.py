@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 import time
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     import torch
 
 
+_NEW_OBJECTS = 200_000  # after which Python looks for garbage among them; its default is 700
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model ready to generate, and what it took to get there."""
@@ -37,8 +41,13 @@ class LoadedModel:
 
 
 def apply_environment(plan: Plan) -> None:
-    """Set what the plan decided for the libraries' own settings; early, for most read them when they are imported."""
+    """Set what the plan decided for the libraries' own settings; early, for most read them when they are imported.
+
+    Their import makes 600,000 objects that stay. Python's search for garbage among them would be a tenth of a start.
+    """
     os.environ.update(plan.environment)
+    if 0 < gc.get_threshold()[0] < _NEW_OBJECTS:  # 0: whoever embeds us wants none
+        gc.set_threshold(_NEW_OBJECTS)
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(plan.num_threads)
 

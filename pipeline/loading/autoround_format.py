@@ -78,11 +78,12 @@ def dequantize(packed: PackedLinear, dtype: torch.dtype) -> Tensor:
 
     bits = packed.bits
     codes = _unpack_words(packed.qweight.mT, bits)
-    zeros = _unpack_words(packed.qzeros, bits).to(torch.int16) + 1
+    zeros = _unpack_words(packed.qzeros, bits).mT.float() + 1
     scales = packed.scales.mT.float()
     group_size = codes.shape[-1] // scales.shape[-1]
-    centred = codes.unflatten(-1, (-1, group_size)).to(torch.int16) - zeros.mT.unsqueeze(-1)
-    return (centred * scales.unsqueeze(-1)).flatten(-2).to(dtype)
+    # A difference of small whole numbers is exact in float32, and computed without a copy of the codes in that type.
+    centred = torch.sub(codes.unflatten(-1, (-1, group_size)), zeros.unsqueeze(-1))
+    return centred.mul_(scales.unsqueeze(-1)).flatten(-2).to(dtype)
 
 
 def _stored_zeros(like: Tensor, bits: int) -> Tensor:
@@ -108,6 +109,8 @@ def _unpack_words(words: Tensor, bits: int) -> Tensor:
     """The inverse: int32 [..., n * bits / 32] as uint8 [..., n]."""
     import torch
 
-    shifts = torch.arange(0, _WORD_BITS, bits, dtype=torch.int32)
-    values = (words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
-    return values.to(torch.uint8).flatten(-2)
+    values = words.contiguous().view(torch.uint8)  # the lowest byte first, as on all processors that matter here
+    if bits == 8:
+        return values
+    parts = [(values >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
+    return torch.stack(parts, -1).flatten(-2)
