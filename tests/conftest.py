@@ -1,15 +1,24 @@
 """Settings that all tests share, and the table of the fault suite."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from pipeline.stop import SIGNALS
 from tests.faults.trials import kept_with_earlier, table
 
 # Tests run beside each other, one process a core; more threads each would only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell starts what it puts into the background with SIGINT ignored, and nohup ignores SIGHUP; a run leaves ignored
+# what it finds ignored, and would not heed what the tests send to it. Programs are started with the default of a signal
+# that is handled here, and the tests themselves still take no notice of it.
+for number in SIGNALS:
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 # A busy machine must not fail a test for being slow; a failing example is printed and can be replayed.
 settings.register_profile("default", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])

@@ -37,6 +37,11 @@ TIMEOUT_S = 300  # far beyond any run, also beside ten other processes
 _COMMIT_S = 0.01  # many groups in a run of milliseconds
 PROMPTS = [{"id": f"p{i}", "prompt": " ".join(f"w{n}" for n in range((i * 7) % 23 + 1))} for i in range(36)]
 BAD_LINES = [b"{not json", b'{"text": 1}']
+LINES = [*PROMPTS[:20], *BAD_LINES, *PROMPTS[20:]]
+GOOD_ITEMS = [index for index, line in enumerate(LINES) if line not in BAD_LINES]  # only these reach the engine
+NUM_SAMPLES = 2
+NUM_ANSWERS = NUM_SAMPLES * len(LINES)
+NUM_SLOTS = 8
 
 
 def make_job(directory: Path, *, delay: str = "1ms", output: Path | None = None, **sections: Any) -> Path:
@@ -44,10 +49,10 @@ def make_job(directory: Path, *, delay: str = "1ms", output: Path | None = None,
     directory.mkdir(parents=True, exist_ok=True)
     return write_job(
         directory,
-        [*PROMPTS[:20], *BAD_LINES, *PROMPTS[20:]],
+        LINES,
         model={"echo": {"delay": delay}},
-        generation={"num_samples": 2, "temperature": 1.0},
-        batch={"slots": 8},
+        generation={"num_samples": NUM_SAMPLES, "temperature": 1.0},
+        batch={"slots": NUM_SLOTS},
         output={"path": str(output or directory / "out.jsonl")},
         **sections,
     )

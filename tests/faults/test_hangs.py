@@ -18,7 +18,7 @@ import pytest
 import pipeline.watch as watch_module
 from pipeline.engines.echo import EchoEngine
 from tests.faults.compare import problem_with
-from tests.faults.processes import Preparation, Run, make_job, run_to_end
+from tests.faults.processes import GOOD_ITEMS, Preparation, Run, make_job, run_to_end
 from tests.faults.trials import Trials, chances
 
 STALL_S = 1.0
@@ -70,7 +70,7 @@ def hung(directory: Path, name: str, chance: random.Random, *prepare: Preparatio
     """One item hangs; what is wrong with how that ends, and with the run that is taken up after it."""
     job = make_job(directory, run={"stall_timeout": f"{STALL_S}s"})
     journal, log = job.with_name("out.jsonl.journal"), job.with_name("out.jsonl.log")
-    run = Run(job, prepare=[partial(hang_at, name, chance.randrange(36)), *prepare])
+    run = Run(job, prepare=[partial(hang_at, name, chance.choice(GOOD_ITEMS)), *prepare])
     last = time.monotonic()  # at which the journal grew
     size = 0
     while run.wait(0.02) is None:

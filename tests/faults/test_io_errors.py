@@ -18,7 +18,7 @@ import pytest
 from pipeline.ledger import files as files_module
 from tests.faults.compare import problem_with
 from tests.faults.naive import use_buffered_ledger
-from tests.faults.processes import Preparation, Run, make_job, num_generated, run_to_end
+from tests.faults.processes import NUM_ANSWERS, Preparation, Run, make_job, num_generated, run_to_end
 from tests.faults.test_kills import needs_strace, traced
 from tests.faults.trials import Trials, chances
 
@@ -187,8 +187,8 @@ def with_room_in_time(job: Path, filler: Path) -> str | None:
             return "never said that the disk is full"
     filler.unlink()
     code = run.end()
-    if num_generated(run.witness) != 76:
-        return f"generated again: {num_generated(run.witness)} answers instead of 76"
+    if num_generated(run.witness) != NUM_ANSWERS:
+        return f"generated again: {num_generated(run.witness)} answers instead of {NUM_ANSWERS}"
     return problem_with(job, code, run.talk, filler.with_name("out.jsonl"))
 
 
