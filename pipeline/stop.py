@@ -21,6 +21,20 @@ _NAP_S = 0.1
 _ECHO_S = 0.5  # the same signal within this time is the same request
 
 
+def leave_at_once() -> None:
+    """From here on, until a Stop takes over and again when it is through, a signal ends the process with 75.
+
+    For while a program starts: nothing has begun that would have to be ended in good order. What is ignored stays so.
+    """
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _leave)
+
+
+def _leave(_number: int, _frame: FrameType | None) -> None:
+    os._exit(StoppedError.exit_code)
+
+
 class Stop:
     """Whether to stop admitting (`requested`) and whether to abandon what is in flight (`overdue`)."""
 

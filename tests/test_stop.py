@@ -60,6 +60,23 @@ with stop.signals():
     assert subprocess.run([sys.executable, "-c", program]).returncode == StoppedError.exit_code
 
 
+@pytest.mark.parametrize(("command", "code"), [("run", StoppedError.exit_code), ("status", -signal.SIGTERM)])
+def test_a_signal_while_a_run_is_still_being_imported_is_heeded_too(command: str, code: int) -> None:
+    program = f"""
+import os, signal, sys
+from importlib.abc import MetaPathFinder
+class Signal(MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name == "typer":
+            os.kill(os.getpid(), signal.SIGTERM)
+sys.meta_path.insert(0, Signal())
+sys.argv = ["overnight", {command!r}, "none.yaml"]
+from pipeline.__main__ import main
+main()
+"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == code
+
+
 def test_the_same_signal_twice_at_once_is_one_request() -> None:
     """What a scheduler sends to a whole job and a supervisor passes on arrives twice."""
     stop = Stop()

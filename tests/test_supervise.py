@@ -57,6 +57,28 @@ def test_nothing_is_loaded_when_all_that_is_left_is_to_give_up(tmp_path: Path) -
     assert (kinds.count("session"), kinds.count("loaded")) == (3, 2)
 
 
+def test_one_attempt_is_not_enough_to_find_the_line_that_kills_others(tmp_path: Path) -> None:
+    """At the first death it was not alone, and before the second, of itself alone, nothing is saved."""
+    job = write_job(tmp_path, PROMPTS[:3], run={"max_attempts": 1})
+    environment = spoilt(
+        tmp_path,
+        """
+import os, signal
+from pipeline.engines import echo
+
+def write(answer, write=echo._Answer.write):
+    if answer.request.item.index == 0:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return write(answer)
+
+echo._Answer.write = write
+""",
+    )
+    run = overnight("run", job, "--supervise", **environment)
+    assert run.returncode == 3, run.stderr
+    assert errors(read_output(tmp_path / "out.jsonl")[0]) == {0: ("crashed", 2)}
+
+
 @pytest.mark.parametrize(
     ("words", "code"),
     [(["--set", "input.path=nowhere.jsonl"], 66), (["--set", "generation.seed=8"], 78), (["--time-limit", "1s"], 75)],

@@ -306,7 +306,8 @@ class RunSpec(Section):
         "input only grew at its end. never: refuse the files of an earlier run.",
     )
     max_attempts: Count = Field(
-        default=3, description="An item that kills the process this often is answered with an error."
+        default=3,
+        description="An item that kills the process this often, and once alone, is answered with an error.",
     )
     stall_timeout: Duration = Field(default=1800.0, description="Give up when nothing has moved for this long.")
     save_unfinished: Duration = Field(

@@ -33,6 +33,7 @@ from pipeline.watch import LOW_MEMORY, STALLED_CODE
 _WORTH_ANOTHER = frozenset({OvernightError.exit_code, STALLED_CODE})
 # Before another process, and four times as long after each that saved nothing.
 _PAUSE_S, _MEMORY_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0, 60.0
+_FEWEST_DEATHS = 2  # that a line may need which was not alone at the first
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -121,9 +122,9 @@ def supervise(
     `spec` is the job that `words` name, and `shard` its part, without a time limit, which is kept for all processes
     together; `fresh` is given on until the earlier run's files are aside. The exit code is that of the last process. A
     death is a signal that kills, a stall, a fault of ours (70) or a stop for lack of memory. Raises OvernightError
-    (StoppedError for a lack of memory) after more than `run.max_attempts` deaths in a row between which nothing was
-    saved: by then every answer that can be blamed has been given up, and the next death would be no other. StoppedError
-    for a signal that comes while no process runs.
+    (StoppedError for a lack of memory) after more than `run.max_attempts` deaths in a row, two at least, between which
+    nothing was saved: by then every answer that can be blamed has been given up, and the next death would be no other.
+    StoppedError for a signal that comes while no process runs.
     """
     began = time.monotonic()
     paths = RunPaths(run_output(spec.output.file, shard))
@@ -151,7 +152,7 @@ def supervise(
                 return code
             num_fruitless = 0 if mark.num_saved > before.num_saved else num_fruitless + 1
             told = "little memory left" if is_low else _ending(code)
-            if num_fruitless > spec.run.max_attempts:
+            if num_fruitless > max(spec.run.max_attempts, _FEWEST_DEATHS):
                 raise _given_up(paths, num_fruitless, told, StoppedError if is_low else OvernightError)
             if say is not None:
                 say(f"the process of the run ended ({told}); starting it again")

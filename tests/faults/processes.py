@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -108,11 +109,12 @@ class Run:
 
 
 def queued_s(process: int | None) -> float:
-    """Seconds that a process's main thread has waited for a processor; see proc(5), schedstat."""
-    try:
-        return int(Path(f"/proc/{process}/schedstat").read_text().split()[1]) / 1e9
-    except (OSError, IndexError):
-        return 0.0
+    """Seconds that the thread of a process which has waited longest for a processor has; see proc(5), schedstat."""
+    longest = 0
+    with suppress(OSError, IndexError):  # one of them, or the process, ends just now
+        for thread in Path(f"/proc/{process}/task").iterdir():
+            longest = max(longest, int((thread / "schedstat").read_text().split()[1]))
+    return longest / 1e9
 
 
 def slow_disk() -> None:
