@@ -7,7 +7,7 @@ JOBS ?= auto
 FAULT_SCALE ?= 1
 FAULT_JOBS ?= $(shell expr 2 \* $$(getconf _NPROCESSORS_ONLN))# most trials wait, for a disk, a signal or a timeout
 # What a lock file must not hold: a build's suffix, and what only one platform's build of torch needs.
-PORTABLE := sed -E 's/\+cpu$$//' | grep -vE '^(nvidia-|triton|cuda-)'
+PORTABLE := sed -E 's/\+cpu$$//; s/^triton==.*/&; sys_platform == "linux" and platform_machine == "x86_64"/' | grep -vE '^(nvidia-|cuda-)'
 
 .PHONY: run test check format faults docs lock clean
 
@@ -38,7 +38,7 @@ docs: $(VENV)/.installed-dev  ## what is generated: the schema and the reference
 lock:  ## resolve the newest versions that pyproject.toml admits and write them down
 	$(PYTHON) -m venv $(VENV)-lock
 	$(VENV)-lock/bin/python -m pip install -q torch==2.13.0 .
-	$(VENV)-lock/bin/python -m pip freeze --exclude overnight | $(PORTABLE) > requirements.lock
+	$(VENV)-lock/bin/python -m pip freeze --exclude overnight --exclude triton | $(PORTABLE) > requirements.lock
 	$(VENV)-lock/bin/python -m pip install -q '.[dev]'
 	$(VENV)-lock/bin/python -m pip freeze --exclude overnight | $(PORTABLE) > requirements-dev.lock
 	rm -rf $(VENV)-lock build

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from pipeline.engines.delta_net import DeltaNetLayer, is_served
 from pipeline.engines.slot_cache import Span, Step
 from pipeline.kernels import delta_net as kernel
-from pipeline.kernels.delta_net import DeltaNetInputs, DeltaNetSpan, DeltaNetWeights, delta_net
+from pipeline.kernels.delta_net import DeltaNetInputs, DeltaNetWeights, delta_net
 from pipeline.kernels.native import native
 from tests.tiny_models import tiny_model
 
 pytestmark = pytest.mark.skipif(native(kernel.SOURCE).library is None, reason="no C compiler")
-TOLERANCE = 5e-7  # root mean square, as a part of the numbers' own
+TOLERANCE = 1e-5  # root mean square, as a part of the numbers' own; of small sums the norm at the end makes much
 CPU = torch.device("cpu")
 SHAPES = [(2, 4, 8, 8), (1, 1, 20, 13), (2, 2, 32, 32), (2, 6, 16, 40), (1, 2, 128, 128)]
 
@@ -99,16 +99,15 @@ def test_every_sequence_follows_the_formulas(
     inputs = inputs_of(weights, sum(count for count, _ in sequences), generator)
     spans, first = [], 0
     for place, (count, begins) in enumerate(sequences):
-        spans.append(DeltaNetSpan(5 - place, first, count, begins))
+        spans.append((5 - place, first, count, begins))
         first += count
-    found = delta_net(weights, inputs, spans, windows, states)
-    for span in spans:
-        part = DeltaNetInputs(*(numbers[span.first : span.first + span.num_tokens] for numbers in inputs))
-        held = [pool[span.slot] * (not span.begins) for pool in before]
-        wanted, state = mathematics(weights, part, *held)
-        assert error(found[span.first : span.first + span.num_tokens], wanted) < TOLERANCE
-        assert error(states[span.slot], state) < TOLERANCE
-    for slot in {*range(6)} - {span.slot for span in spans}:
+    found = delta_net(weights, inputs, torch.tensor(spans), windows, states)
+    for slot, first, count, begins in spans:
+        part = DeltaNetInputs(*(numbers[first : first + count] for numbers in inputs))
+        wanted, state = mathematics(weights, part, *(pool[slot] * (not begins) for pool in before))
+        assert error(found[first : first + count], wanted) < TOLERANCE
+        assert error(states[slot], state) < TOLERANCE
+    for slot in {*range(6)} - {slot for slot, *_ in spans}:
         assert torch.equal(windows[slot], before[0][slot]), "what is no part of the step stays as it is"
         assert torch.equal(states[slot], before[1][slot])
 
@@ -122,7 +121,7 @@ def test_many_steps_of_one_token_do_not_drift() -> None:
         delta_net(
             weights,
             DeltaNetInputs(*(part[place : place + 1] for part in inputs)),
-            [DeltaNetSpan(0, 0, 1, place == 0)],
+            torch.tensor([(0, 0, 1, place == 0)]),
             windows,
             states,
         )
@@ -141,7 +140,7 @@ def test_a_sequence_is_bit_by_bit_the_same_however_it_is_computed(
     weights = layer(shape, 4, generator)
     inputs = inputs_of(weights, 60, generator)
     windows, states = pools(weights, 8, generator)
-    whole = delta_net(weights, inputs, [DeltaNetSpan(0, 0, 60, True)], windows, states)
+    whole = delta_net(weights, inputs, torch.tensor([(0, 0, 60, True)]), windows, states)
     parts, begin = [], 0
     torch.set_num_threads(threads)
     try:
@@ -149,9 +148,9 @@ def test_a_sequence_is_bit_by_bit_the_same_however_it_is_computed(
             others = inputs_of(weights, neighbours, generator)
             own = DeltaNetInputs(*(part[begin:end] for part in inputs))
             joined = DeltaNetInputs(*(torch.cat(pair) for pair in zip(others, own, strict=True)))
-            spans = [DeltaNetSpan(1 + place, place, 1, False) for place in range(neighbours)]
-            spans.append(DeltaNetSpan(7, neighbours, end - begin, begin == 0))
-            parts.append(delta_net(weights, joined, spans, windows, states)[neighbours:])
+            spans = [(1 + place, place, 1, False) for place in range(neighbours)]
+            spans.append((7, neighbours, end - begin, begin == 0))
+            parts.append(delta_net(weights, joined, torch.tensor(spans), windows, states)[neighbours:])
             begin = end
     finally:
         torch.set_num_threads(1)
@@ -165,12 +164,12 @@ def test_numbers_that_are_none_stay_with_their_sequence() -> None:
     weights = layer((2, 4, 8, 8), 4, generator)
     windows, states = pools(weights, 3, generator)
     states[1] = float("nan")
-    spans = [DeltaNetSpan(slot, slot, 1, False) for slot in range(3)]
-    found = delta_net(weights, inputs_of(weights, 3, generator), spans, windows, states)
+    spans = [(slot, slot, 1, False) for slot in range(3)]
+    found = delta_net(weights, inputs_of(weights, 3, generator), torch.tensor(spans), windows, states)
     assert found[1].isnan().all()
     assert found[[0, 2]].isfinite().all()
-    again = [DeltaNetSpan(1, 0, 1, True)]
-    assert delta_net(weights, inputs_of(weights, 1, generator), again, windows, states).isfinite().all()
+    again = [(1, 0, 1, True)]
+    assert delta_net(weights, inputs_of(weights, 1, generator), torch.tensor(again), windows, states).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -182,8 +181,8 @@ def test_a_layer_of_transformers_gives_the_same_numbers(name: str, dtype: torch.
     hidden = torch.randn(1, 70, model.config.hidden_size, generator=torch.Generator().manual_seed(5)).to(dtype)
     with torch.inference_mode():
         wanted = module(hidden, cache_params=None, attention_mask=None)[0]
-        first = ours.forward(hidden[:, :66], Step([], [Span(1, 0, 66, 0, 0)], CPU))
-        rest = [ours.forward(hidden[:, at : at + 1], Step([Span(1, 0, 1, 0, at)], [], CPU)) for at in range(66, 70)]
+        first = ours.forward(hidden[:, :66], Step.of([], [Span(1, 0, 66, 0, 0)], CPU))
+        rest = [ours.forward(hidden[:, at : at + 1], Step.of([Span(1, 0, 1, 0, at)], [], CPU)) for at in range(66, 70)]
     found = torch.cat([first, *rest], dim=1)[0]
     assert found.dtype == dtype
     assert error(found, wanted.double()) < (1e-5 if dtype == torch.float32 else 1e-2)  # of both together

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pipeline.engines import row_invariant as module
 from pipeline.engines.packed_model import PackedModel
 from pipeline.engines.row_invariant import row_invariant
-from pipeline.engines.slot_cache import NotServedError, Span, Step
+from pipeline.engines.slot_cache import NotServedError, Span
 from pipeline.engines.transformers import open_deterministic_engine
 from pipeline.errors import MachineError, SpecError
 from pipeline.kernels import row_linear as kernel
@@ -149,18 +149,17 @@ def scores(
 ) -> dict[int, torch.Tensor]:
     """Scores after all tokens of each slot, from steps that consist of (slot, prompt, begin, end)."""
     found: dict[int, list[torch.Tensor]] = {}
-    model.cache.resize(64 * 8)
+    model.resize(64 * 8)
     for step in plan:
         ordered = sorted(step, key=lambda part: not (part[2] and part[3] - part[2] == 1))
         token_ids = [token for _, prompt, begin, end in ordered for token in prompt[begin:end]]
-        positions = [place for *_, begin, end in ordered for place in range(begin, end)]
         spans, first = [], 0
         for slot, _, begin, end in ordered:
             spans.append(Span(slot, first, end - begin, 64 * slot, begin))
             first += end - begin
         num_single = sum(part[2] > 0 and part[3] - part[2] == 1 for part in ordered)
         with torch.inference_mode():
-            out = model.forward(token_ids, positions, Step(spans[:num_single], spans[num_single:], CPU), range(first))
+            out = model.forward(token_ids, spans[:num_single], spans[num_single:], range(first))
         for (slot, *_), span in zip(ordered, spans, strict=True):
             found.setdefault(slot, []).append(out[span.first : span.first + span.num_tokens])
     return {slot: torch.cat(parts) for slot, parts in found.items()}

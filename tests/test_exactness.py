@@ -28,7 +28,7 @@ def tokens_of(engine: SlotEngine, requests: list[Request]) -> list[list[int]]:
 
 
 def stock_tokens(model: Any, request: Request) -> list[int]:
-    prompt = torch.tensor([request.token_ids])
+    prompt = torch.tensor([request.token_ids], device=model.device)
     output = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),

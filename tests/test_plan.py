@@ -110,7 +110,7 @@ def test_min_gpu_puts_all_but_routed_experts_on_the_gpu(flagship: ModelFacts) ->
         "48 in host memory",
         "of all layers; only the hidden states of tokens cross",
     )
-    assert needs(plan, "gpu")["recurrent state"] == (plan.slots + 1) * flagship.state_bytes_per_sequence(2)
+    assert needs(plan, "gpu")["recurrent state"] == (plan.slots + 2) * flagship.state_bytes_per_sequence(2)
     assert needs(plan, "gpu")["context cache"] == plan.cache_tokens * 24_576
     assert plan.device == "cuda:0"
     assert plan.dtype == "bfloat16"

@@ -17,7 +17,7 @@ from pipeline.forecast.streaming import forecast_plan, forecast_streaming
 from pipeline.loading import load_model
 from pipeline.plan.placement import show_bytes
 from pipeline.plan.plan import make_plan
-from pipeline.plan.streaming import CHECK_PASSES, STREAMED_STEP_TOKENS, Streaming
+from pipeline.plan.streaming import CHECK_PASSES, WIDE_STEP_TOKENS, Streaming
 from tests.model_files import FLAGSHIP
 from tests.test_packed_loading import CONFIGS, plan_of
 from tests.test_plan import decision, job, machine
@@ -92,7 +92,7 @@ DISK = Streaming(bytes_per_pass=36 * GB, bytes_once=7 * GB, bytes_per_s=2 * GB, 
 )
 def test_the_time_is_that_of_the_passes(asked: Work, passes: int) -> None:
     forecast = forecast_streaming(asked, DISK)
-    assert STREAMED_STEP_TOKENS == 2048
+    assert WIDE_STEP_TOKENS == 2048
     assert forecast.generation_s.expected == pytest.approx(18 * passes)
     assert forecast.generation_s.low < forecast.generation_s.expected < forecast.generation_s.high
     assert forecast.load_s == pytest.approx(3.5 + 18 * CHECK_PASSES)

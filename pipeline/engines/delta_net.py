@@ -1,11 +1,11 @@
-"""Gated DeltaNet layers of transformers that the native kernel computes: all sequences of a packed step in one call."""
+"""Gated DeltaNet layers of transformers that a kernel of ours computes: all sequences of a packed step in one call."""
 # pyright: basic
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pipeline.kernels.delta_net import DeltaNetInputs, DeltaNetSpan, DeltaNetWeights, delta_net, is_available
+from pipeline.kernels.delta_net import DeltaNetInputs, DeltaNetWeights, delta_net, is_available
 
 if TYPE_CHECKING:
     import torch
@@ -25,9 +25,8 @@ def is_served(module: Any) -> bool:
         and kind.__name__ in _JOINED | _SPLIT
         and module.activation == module.norm.activation == "silu"
         and module.conv1d.bias is None
-        and module.A_log.device.type == "cpu"
         and not any(hasattr(part, "_hf_hook") for part in (module, module.conv1d, module.norm))
-        and is_available()
+        and is_available(module.A_log.device)
     )
 
 
@@ -53,17 +52,14 @@ class DeltaNetLayer:
             norm_eps=module.norm.variance_epsilon,
         )
         self._project = _joined if type(module).__name__ in _JOINED else _split
-        self._windows = torch.zeros(num_slots, *self._weights.window_shape)
-        self._states = torch.zeros(num_slots, *self._weights.state_shape)
+        device = module.A_log.device
+        self._windows = torch.zeros(num_slots, *self._weights.window_shape, device=device)
+        self._states = torch.zeros(num_slots, *self._weights.state_shape, device=device)
 
     def forward(self, hidden_states: Tensor, step: Step) -> Tensor:
         """[1, tokens, hidden] in and out; the states of the step's sequences move on."""
         inputs = DeltaNetInputs(*(part.float() for part in self._project(self._module, hidden_states[0])))
-        spans = [
-            DeltaNetSpan(span.slot, span.first, span.num_tokens, span.num_before == 0)
-            for span in (*step.decoding, *step.prefill)
-        ]
-        mixed = delta_net(self._weights, inputs, spans, self._windows, self._states)
+        mixed = delta_net(self._weights, inputs, step.sequences, self._windows, self._states)
         return self._module.out_proj(mixed.to(hidden_states.dtype).unsqueeze(0))
 
     def copy(self, source: int, target: int) -> None:

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.engines.fused import Forward, fused_forwards, keep_faithful
+from pipeline.engines.recorded_steps import RecordedSteps
 from pipeline.engines.recurrent import RecurrentStates, is_recurrent, packed_forward
 from pipeline.engines.row_invariant import row_invariant
 from pipeline.engines.slot_cache import NotServedError, SlotCache, Span, Step
@@ -43,7 +44,9 @@ class PackedModel:
         self.device: torch.device = next(self._model.get_input_embeddings().parameters()).device
         self.cache = SlotCache(row_by_row=row_by_row)
         self._row_by_row = row_by_row
-        self._states = RecurrentStates(num_slots + 1)  # the last is that of a kept prefix
+        self._recorded = RecordedSteps(self._compute, self.device) if self.device.type == "cuda" else None
+        self._spare_slot = num_slots + 1  # of nobody, for recorded steps; the one before it is that of a kept prefix
+        self._states = RecurrentStates(num_slots + (1 if self._recorded is None else 2))
         self._recurrent = [module for module in model.modules() if is_recurrent(module)]
         self._fused: dict[torch.nn.Module, Forward] = {}
         self._parameters = inspect.signature(model.forward).parameters
@@ -62,31 +65,51 @@ class PackedModel:
         forwards = {} if self._row_by_row else fused_forwards(self._model, self.cache)
         if not forwards:
             return
-        self.cache.resize(len(token_ids))
-        step = Step([], [Span(0, 0, len(token_ids), 0, 0)], self.device)
-        self._fused = keep_faithful(
-            forwards, lambda: self.forward(token_ids, range(len(token_ids)), step, [len(token_ids) - 1])
-        )
+        self.resize(len(token_ids))
+        prompt = Span(0, 0, len(token_ids), 0, 0)
+        self._fused = keep_faithful(forwards, lambda: self.forward(token_ids, [], [prompt], [len(token_ids) - 1]))
 
-    def forward(self, token_ids: Sequence[int], positions: Sequence[int], step: Step, wanted: Sequence[int]) -> Any:
+    def resize(self, num_tokens: int) -> None:
+        """Have room for the context of so many tokens; what was held is lost if that is another number."""
+        if num_tokens != self.cache.num_tokens and self._recorded is not None:
+            self._recorded.forget()
+        self.cache.resize(num_tokens)
+
+    def forward(
+        self, token_ids: Sequence[int], decoding: Sequence[Span], prefill: Sequence[Span], wanted: Sequence[int]
+    ) -> torch.Tensor:
         """Scores [wanted, vocabulary] of the token after each of the step's tokens that `wanted` names.
 
-        `token_ids` and `positions` are those of the step's tokens, positions within each sequence.
+        The step's tokens are one of each span that decodes, then those of the others. The scores are valid until the
+        next call.
         """
         import torch
 
-        places = torch.tensor(wanted, dtype=torch.int64, device=self.device)
-        inputs = {
-            "input_ids": torch.tensor([token_ids], device=self.device),
-            "position_ids": torch.tensor([positions], device=self.device),
-            "use_cache": False,
-        }
-        trims = "logits_to_keep" in self._parameters
+        if self._recorded is not None and not prefill:
+            spare = Span(self._spare_slot, 0, 1, self.cache.num_tokens, 0)
+            scores = self._recorded.scores(token_ids, decoding, spare)
+            if scores is not None:
+                return scores if len(wanted) == len(token_ids) else scores[[*wanted]]
+        spans = [*decoding, *prefill]
+        positions = [place for span in spans for place in range(span.num_before, span.num_before + span.num_tokens)]
+
+        def whole_numbers(values: Sequence[int]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+        step = Step.of(decoding, prefill, self.device)
+        return self._compute(whole_numbers(token_ids), whole_numbers(positions), step, whole_numbers(wanted))
+
+    def _compute(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, step: Step, wanted: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The same of tensors; without `wanted` after every token."""
+        inputs = {"input_ids": token_ids[None], "position_ids": positions[None], "use_cache": False}
+        trims = wanted is not None and "logits_to_keep" in self._parameters
         if trims:
-            inputs["logits_to_keep"] = places
+            inputs["logits_to_keep"] = wanted
         with self._packing(step), self.arithmetic():
             logits = self._model(**inputs).logits[0]
-        return logits if trims else logits[places]
+        return logits if trims or wanted is None else logits[wanted]
 
     def copy(self, source: Place, target: Place, num_tokens: int) -> None:
         """Give one sequence what another knows of its first tokens; of recurrent states, all that it knows."""

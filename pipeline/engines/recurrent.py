@@ -132,7 +132,7 @@ def packed_forward(module: Any, cache: SlotCache, states: RecurrentStates) -> Ca
         step = cache.step
         assert step is not None
         outputs: list[torch.Tensor] = []
-        num_decoding = len(step.decoding)
+        num_decoding = step.num_decoding
         if num_decoding:
             view = StateView(states, step.slots, fresh=False)
             rows = hidden_states[:, :num_decoding].transpose(0, 1)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.engines.batch import Batch, CausalModel
 from pipeline.engines.packed_model import PackedModel
-from pipeline.engines.slot_cache import Span, Step
+from pipeline.engines.slot_cache import Span
 
 if TYPE_CHECKING:
     import torch
@@ -51,14 +51,15 @@ def difference_by_packing(model: Any, packed: PackedModel, token_ids: Sequence[i
 
     short, long = _prompts(token_ids)
     half = len(long) // 2
-    packed.cache.resize(len(short) + len(long) + 2)
+    packed.resize(len(short) + len(long) + 2)
 
     def span(slot: int, first: int, num_tokens: int, num_before: int) -> Span:
         return Span(slot, first, num_tokens, slot * (len(short) + 1), num_before)
 
-    def forward(tokens: Sequence[int], positions: Sequence[int], decoding: list[Span], prefill: list[Span]) -> Any:
+    def forward(tokens: Sequence[int], decoding: list[Span], prefill: list[Span]) -> Any:
+        """Scores after each sequence's last token; a copy, for what a GPU gives is valid until the next step."""
         ends = [one.first + one.num_tokens - 1 for one in (*decoding, *prefill)]
-        return packed.forward(tokens, positions, Step(decoding, prefill, packed.device), ends)
+        return packed.forward(tokens, decoding, prefill, ends).clone()
 
     def alone(tokens: Sequence[int]) -> Any:
         return model(input_ids=torch.tensor([tokens], device=packed.device), use_cache=False).logits[0, -2:]
@@ -68,17 +69,15 @@ def difference_by_packing(model: Any, packed: PackedModel, token_ids: Sequence[i
         wanted = torch.stack([alone([*short, first]), alone([*long, second])], dim=1).flatten(0, 1)
         begun = forward(
             [*short, *long[:half]],
-            [*range(len(short)), *range(half)],
             [],
             [span(0, 0, len(short), 0), span(1, len(short), half, 0)],
         )
         mixed = forward(
             [first, *long[half:]],
-            [len(short), *range(half, len(long))],
             [span(0, 0, 1, len(short))],
             [span(1, 1, len(long) - half, half)],
         )
-        decoded = forward([second], [len(long)], [span(1, 0, 1, len(long))], [])
+        decoded = forward([second], [span(1, 0, 1, len(long))], [])
         found = torch.cat([begun[:1], mixed[1:], mixed[:1], decoded])
     return _difference(found, wanted).item(), _rounding(found)
 
@@ -93,22 +92,20 @@ def same_bits(packed: PackedModel, token_ids: Sequence[int]) -> bool:
     short, long = _prompts(token_ids)
     cut, single = len(long) // 3 | 1, max(1, len(long) - 3)
     rooms = 0, len(long), 2 * len(long)
-    packed.cache.resize(3 * len(long))
+    packed.resize(3 * len(long))
 
     def forward(*spans: tuple[int, int, Sequence[int], int, int]) -> Any:
         """Scores after all tokens of the last of these: slot, room, prompt, first token and the one after the last."""
         token_ids: list[int] = []
-        positions: list[int] = []
         kinds: tuple[list[Span], list[Span]] = [], []  # decoding, prefill
         for slot, room, prompt, begin, end in spans:
             kinds[not (begin and end - begin == 1 and not kinds[1])].append(
                 Span(slot, len(token_ids), end - begin, room, begin)
             )
             token_ids += prompt[begin:end]
-            positions += range(begin, end)
         num_last = spans[-1][4] - spans[-1][3]
         wanted = range(len(token_ids) - num_last, len(token_ids))
-        return packed.forward(token_ids, positions, Step(*kinds, packed.device), wanted)
+        return packed.forward(token_ids, *kinds, wanted).clone()
 
     with torch.inference_mode():
         whole = forward((0, rooms[0], long, 0, len(long)))

@@ -28,14 +28,30 @@ class Span:
     num_before: int  # tokens of the sequence that the pool holds already
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What a packed step consists of: first one token of each of several sequences, then prompts or parts of them."""
+    """What a packed step consists of: first one token of each of several sequences, then prompts or parts of them.
 
-    def __init__(self, decoding: Sequence[Span], prefill: Sequence[Span], device: torch.device) -> None:
+    All tensors are int64, on the model's device.
+    """
+
+    num_decoding: int
+    prefill: Sequence[Span]
+    places: torch.Tensor  # [tokens]: of the step's tokens in the pool
+    spans: torch.Tensor  # [prefill, 4]: first, num_tokens, start, num_before
+    slots: torch.Tensor  # this and the next two [decoding]
+    starts: torch.Tensor
+    lengths: torch.Tensor  # with the new token
+    sequences: torch.Tensor  # [decoding and prefill, 4]: slot, first, num_tokens, whether the sequence begins here
+    # [tokens]: starts and lengths for each token, as if all were of sequences that decode
+    token_starts: torch.Tensor
+    token_lengths: torch.Tensor
+
+    @staticmethod
+    def of(decoding: Sequence[Span], prefill: Sequence[Span], device: torch.device) -> Step:
+        """The step of these spans, those that decode first."""
         import torch
 
-        self.decoding = decoding
-        self.prefill = prefill
         spans = [*decoding, *prefill]
         places: list[int] = []
         for span in spans:
@@ -45,16 +61,40 @@ class Step:
         def whole_numbers(values: Sequence[Any]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
-        self.places = whole_numbers(places)  # [tokens]: of the step's tokens in the pool
-        self.spans = whole_numbers(  # [prefill, 4]
-            [[span.first, span.num_tokens, span.start, span.num_before] for span in prefill]
+        where = whole_numbers(places)
+        token_starts = whole_numbers([span.start for span in spans for _ in range(span.num_tokens)])
+        return Step(
+            num_decoding=len(decoding),
+            prefill=prefill,
+            places=where,
+            spans=whole_numbers([[span.first, span.num_tokens, span.start, span.num_before] for span in prefill]),
+            slots=whole_numbers([span.slot for span in decoding]),
+            starts=whole_numbers([span.start for span in decoding]),
+            lengths=whole_numbers([span.num_before + 1 for span in decoding]),
+            sequences=whole_numbers([[span.slot, span.first, span.num_tokens, not span.num_before] for span in spans]),
+            token_starts=token_starts,
+            token_lengths=where - token_starts + 1,
         )
-        self.slots = whole_numbers([span.slot for span in decoding])  # this and the next two [decoding]
-        self.starts = whole_numbers([span.start for span in decoding])
-        self.lengths = whole_numbers([span.num_before + 1 for span in decoding])  # with the new token
-        # [tokens]: the same for each token, as if all were of sequences that decode
-        self.token_starts = whole_numbers([span.start for span in spans for _ in range(span.num_tokens)])
-        self.token_lengths = self.places - self.token_starts + 1
+
+    @staticmethod
+    def of_single_tokens(starts: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor) -> Step:
+        """The step in which sequences, whose states are in `slots`, take one token each; all int64 [decoding]."""
+        import torch
+
+        rows = torch.arange(len(starts), device=starts.device)
+        begins = (lengths == 1).long()
+        return Step(
+            num_decoding=len(starts),
+            prefill=(),
+            places=starts + lengths - 1,
+            spans=starts.new_empty(0, 4),
+            slots=slots,
+            starts=starts,
+            lengths=lengths,
+            sequences=torch.stack([slots, rows, torch.ones_like(rows), begins], dim=1),
+            token_starts=starts,
+            token_lengths=lengths,
+        )
 
 
 class NotServedError(Exception):
@@ -71,13 +111,13 @@ class SlotCache:
     def __init__(self, *, row_by_row: bool = False) -> None:
         self._row_by_row = row_by_row
         self.step: Step | None = None
-        self._num_tokens = 0
+        self.num_tokens = 0
         self._pools: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def resize(self, num_tokens: int) -> None:
-        """Hold so many tokens; what was held before is lost if that is another number."""
-        if num_tokens != self._num_tokens:
-            self._num_tokens = num_tokens
+        """Hold so many tokens, and one of nobody after them; what was held is lost if that is another number."""
+        if num_tokens != self.num_tokens:
+            self.num_tokens = num_tokens
             self._pools = {}
 
     def attend(
@@ -120,7 +160,7 @@ class SlotCache:
         if not step.prefill:
             return attend_one(query, keys, values, step.starts, step.lengths, scale, sliding_window)
         output = attend_prompts(query, keys, values, step.spans, scale, sliding_window)
-        if num_decoding := len(step.decoding):
+        if num_decoding := step.num_decoding:
             output[:num_decoding] = attend_one(
                 query[:num_decoding], keys, values, step.starts, step.lengths, scale, sliding_window
             )
@@ -139,6 +179,6 @@ class SlotCache:
         """A layer's keys and values [places, heads, size], made with those of `key` and `value` at first."""
         if layer not in self._pools:
             self._pools[layer] = tuple(  # type: ignore[assignment]
-                new.new_empty(self._num_tokens, new.shape[1], new.shape[-1]) for new in (key, value)
+                new.new_empty(self.num_tokens + 1, new.shape[1], new.shape[-1]) for new in (key, value)
             )
         return self._pools[layer]

@@ -21,7 +21,7 @@ from pipeline.engines.row import Row
 from pipeline.engines.sampling import Sampler, stream_key
 from pipeline.engines.schedule import Part, Schedule, Seat
 from pipeline.engines.sizing import Sizing
-from pipeline.engines.slot_cache import Span, Step
+from pipeline.engines.slot_cache import Span
 from pipeline.engines.vocabulary import vocabulary_of
 from pipeline.plan.streaming import STEP_TOKENS
 from pipeline.records import Completion, ItemError, Request, Unfinished
@@ -155,7 +155,7 @@ class SlotEngine:
             self._sampler.assign(seat.slot, request.settings, key, request.token_ids, reply.tokens)
             self._prefixes.add(seat, self._schedule.kept)
         self._sizing.admitted(len(self._schedule.live), self._schedule.num_waiting)
-        self._model.cache.resize(self._schedule.room_tokens)
+        self._model.resize(self._schedule.room_tokens)
 
     def _step(self) -> Generator[Completion | None]:
         for loan in self._prefixes.settle():
@@ -186,7 +186,6 @@ class SlotEngine:
         import torch
 
         token_ids: list[int] = []
-        positions: list[int] = []
         decoding: list[Span] = []
         prefill: list[Span] = []
         wanted: list[int] = []
@@ -196,12 +195,10 @@ class SlotEngine:
             spans = decoding if num_tokens == 1 and part.begin and not prefill else prefill
             spans.append(Span(seat.slot, len(token_ids), num_tokens, seat.start, part.begin))
             token_ids += seat.row.tokens(part.begin, part.end)
-            positions += range(part.begin, part.end)
             if part.gives_token:
                 wanted.append(len(token_ids) - 1)
         with torch.inference_mode():
-            step = Step(decoding, prefill, self._model.device)
-            scores = self._model.forward(token_ids, positions, step, wanted)
+            scores = self._model.forward(token_ids, decoding, prefill, wanted)
             if not giving:
                 return []
             slots = torch.tensor([seat.slot for seat in giving], device=scores.device)

@@ -7,7 +7,7 @@ from math import ceil
 
 from pipeline.forecast.forecast import Estimate, Forecast, Speed, Work, make_forecast
 from pipeline.plan.plan import Plan
-from pipeline.plan.streaming import STREAMED_STEP_TOKENS, Streaming
+from pipeline.plan.streaming import WIDE_STEP_TOKENS, Streaming
 
 _NOISE = 0.25  # disks that others use too
 
@@ -27,7 +27,7 @@ def forecast_streaming(work: Work, streaming: Streaming) -> Forecast:
     """
     most = float(work.most_output_tokens)
     tokens = Estimate(most if work.exact_lengths else float(work.num_answers), most, most)
-    prefill = ceil(work.prompt_tokens / STREAMED_STEP_TOKENS)
+    prefill = ceil(work.prompt_tokens / WIDE_STEP_TOKENS)
 
     def seconds(output_tokens: float) -> float:
         return (prefill + ceil(output_tokens / work.concurrency) - 1) * streaming.pass_s

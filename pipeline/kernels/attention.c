@@ -154,8 +154,10 @@ INLINE void prefill_task(const Shape *shape, const Span *span, int64_t token, in
     const int64_t group = shape->heads / shape->key_heads, vecs = (size + LANES - 1) / LANES, width = vecs * LANES;
     const int64_t rest = size - (vecs - 1) * LANES, stride = shape->key_heads * size, rows = num_tokens * group;
     const int64_t position = span->num_before + token, last = position + num_tokens;
-    float query[rows * width], sum[rows * width];
-    float turned[width * TILE], values[TILE * width], scores[rows * TILE], keep[rows], most[rows], total[rows];
+    // Products are of so many rows always, whoever the last are: of fewer a compiler may round in another way.
+    const int64_t room = rows + ROWS - 1;
+    float query[room * width], sum[room * width];
+    float turned[width * TILE], values[TILE * width], scores[room * TILE], keep[room], most[rows], total[rows];
     int64_t from = shape->window > 0 && position - shape->window + 1 > 0 ? position - shape->window + 1 : 0;
 
     for (int64_t row = 0; row < rows; row++) {
@@ -167,6 +169,9 @@ INLINE void prefill_task(const Shape *shape, const Span *span, int64_t token, in
         most[row] = -INFINITY;
         total[row] = 0.0f;
     }
+    memset(query + rows * width, 0, (room - rows) * width * sizeof *query);
+    memset(scores, 0, sizeof scores);
+    memset(keep, 0, sizeof keep);
     memset(sum, 0, sizeof sum);
     for (int64_t begin = from / TILE * TILE; begin < last; begin += TILE) {
         int64_t count = last - begin < TILE ? last - begin : TILE;
@@ -187,34 +192,24 @@ INLINE void prefill_task(const Shape *shape, const Span *span, int64_t token, in
         }
         // The first rows may all be of tokens before this tile.
         int64_t first_row = begin > position ? (begin - position) * group : 0;
-        for (int64_t row = first_row; row < rows;) {
-            int step = rows - row >= ROWS ? ROWS : 1;
+        for (int64_t row = first_row; row < rows; row += ROWS)
             for (int i = 0; i < TILE / LANES; i++) {
                 float products[ROWS][LANES] = {0};
-                const float *q = query + row * width;
-                if (step == ROWS) multiply(q, width, turned + i * LANES, TILE, size, ROWS, products);
-                else multiply(q, width, turned + i * LANES, TILE, size, 1, products);
-                for (int r = 0; r < step; r++)
+                multiply(query + row * width, width, turned + i * LANES, TILE, size, ROWS, products);
+                for (int r = 0; r < ROWS; r++)
                     memcpy(scores + (row + r) * TILE + i * LANES, products[r], sizeof *products);
             }
-            row += step;
-        }
         prefill_tile(scores + first_row * TILE, keep + first_row, most + first_row, total + first_row,
                      rows - first_row, group, position + first_row / group, begin, count, shape->window);
-        for (int64_t row = first_row; row < rows;) {
-            int step = rows - row >= ROWS ? ROWS : 1;
+        for (int64_t row = first_row; row < rows; row += ROWS)
             for (int64_t i = 0; i < vecs; i++) {
                 float own[ROWS][LANES];
-                for (int r = 0; r < step; r++)
+                for (int r = 0; r < ROWS; r++)
                     for (int lane = 0; lane < LANES; lane++)
                         own[r][lane] = sum[(row + r) * width + i * LANES + lane] * keep[row + r];
-                const float *weights = scores + row * TILE, *tile = values + i * LANES;
-                if (step == ROWS) multiply(weights, TILE, tile, width, count, ROWS, own);
-                else multiply(weights, TILE, tile, width, count, 1, own);
-                for (int r = 0; r < step; r++) memcpy(sum + (row + r) * width + i * LANES, own[r], sizeof *own);
+                multiply(scores + row * TILE, TILE, values + i * LANES, width, count, ROWS, own);
+                for (int r = 0; r < ROWS; r++) memcpy(sum + (row + r) * width + i * LANES, own[r], sizeof *own);
             }
-            row += step;
-        }
     }
     for (int64_t row = 0; row < rows; row++) {
         int64_t at = ((span->first + token + row / group) * shape->heads + head * group + row % group) * size;

@@ -1,4 +1,4 @@
-"""Attention of new tokens of several sequences, each to its own context: native on a CPU, in torch elsewhere."""
+"""Attention of new tokens of several sequences, each to its own context: by kernels for CPUs or GPUs, or in torch."""
 # pyright: basic
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.kernels import gpu
 from pipeline.kernels.native import native
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ def attend_one(
     `query` [rows, heads, size]; `keys` and `values` [pool, key heads, size]; `starts` and `lengths` int64 [rows].
     Returns [rows, heads, value size]. What the pool holds elsewhere has no influence on a row.
     """
+    if gpu.is_served(query.device):
+        from pipeline.kernels.gpu.attention import attend_one as on_gpu
+
+        return on_gpu(query, keys, values, starts, lengths, scale, sliding_window)
     library = _library(query, keys, values)
     if library is None:
         return attend_one_in_torch(query, keys, values, starts, lengths, scale, sliding_window)
@@ -67,6 +72,10 @@ def attend_prompts(
     the pool and how many tokens lie there before these. Returns [tokens, heads, value size]; tokens of no span are
     left as they come. A token's result depends on its own sequence alone, not on how it is cut into spans.
     """
+    if gpu.is_served(query.device):
+        from pipeline.kernels.gpu.attention import attend_prompts as on_gpu
+
+        return on_gpu(query, keys, values, spans, scale, sliding_window)
     library = _library(query, keys, values)
     if library is None:
         return attend_prompts_in_torch(query, keys, values, spans, scale, sliding_window)

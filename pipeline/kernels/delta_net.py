@@ -1,18 +1,19 @@
-"""The gated delta rule over states by slot, in native code; without a compiler a layer's own code computes it."""
+"""The gated delta rule over states by slot; where there is no kernel for it a layer's own code computes it."""
 # pyright: basic
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from pipeline.kernels import gpu
 from pipeline.kernels.native import native
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 SOURCE = Path(__file__).with_name("delta_net.c")
@@ -53,36 +54,32 @@ class DeltaNetInputs(NamedTuple):
     decay: Tensor  # a, before bias and softplus
 
 
-class DeltaNetSpan(NamedTuple):
-    """Consecutive tokens of one sequence."""
-
-    slot: int
-    first: int  # among the tokens of the step
-    num_tokens: int
-    begins: bool  # whatever the slot held before is another's
-
-
 def delta_net(
-    weights: DeltaNetWeights, inputs: DeltaNetInputs, spans: Sequence[DeltaNetSpan], windows: Tensor, states: Tensor
+    weights: DeltaNetWeights, inputs: DeltaNetInputs, spans: Tensor, windows: Tensor, states: Tensor
 ) -> Tensor:
     """What the layer's last projection takes, float32 [tokens, value heads * value_size]; tokens of no span are zeros.
 
+    `spans` int64 [sequences, 4] are consecutive tokens of one sequence each: its slot, the first among the step's
+    tokens, how many, and whether the sequence begins, whatever the slot held before.
     `windows` [slots, taps - 1, channels] and `states` [slots, value heads, key_size, value_size], float32 and
     contiguous, are moved on. A sequence's numbers depend on nothing but its own tokens: not on what else is in the
     step, on how its tokens were spread over steps, or on the number of threads. Raises MemoryError.
     """
     import torch
 
+    if gpu.is_served(states.device):
+        from pipeline.kernels.gpu.delta_net import delta_net as on_gpu
+
+        return on_gpu(weights, inputs, spans, windows, states)
     library = _library()
     assert library is not None
     num_tokens = len(inputs.query)
     out = torch.zeros(num_tokens, weights.num_value_heads * weights.value_size)
-    table = torch.tensor(spans, dtype=torch.int64)
     described = (_Input * len(inputs))(*(_Input(x.data_ptr(), x.stride(0), x.stride(1)) for x in inputs))
     failed = library.delta_net(
         ctypes.byref(_layer(weights, windows, states)),
         described,
-        table.data_ptr(),
+        spans.data_ptr(),
         len(spans),
         out.data_ptr(),
         torch.get_num_threads(),
@@ -92,9 +89,9 @@ def delta_net(
     return out
 
 
-def is_available() -> bool:
-    """Whether there is a compiler, or the kernel compiled before."""
-    return _library() is not None
+def is_available(device: torch.device) -> bool:
+    """Whether there is a kernel for this device: on a CPU a compiler, or the kernel compiled before."""
+    return gpu.is_served(device) or (device.type == "cpu" and _library() is not None)
 
 
 class _Input(ctypes.Structure):

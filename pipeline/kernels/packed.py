@@ -1,4 +1,4 @@
-"""Products with packed integer weights: the native kernels where they can be had, and the same in torch.
+"""Products with packed integer weights: kernels for CPUs and GPUs where they can be had, and the same in torch.
 
 The layout (`packed.c` says why): a layer of K inputs and N outputs is `codes` int32 [N / 32, K * bits / 32, 32] and
 `scales` float16 [N / 32, K / group_size, 32]; the experts of a layer are stacked in front. Weights are symmetric:
@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline.kernels import gpu
 from pipeline.kernels.native import native
 
 if TYPE_CHECKING:
@@ -134,6 +135,10 @@ def experts(
     """
     import torch
 
+    if gpu.is_served(x.device) and x.numel() and not int8:
+        from pipeline.kernels.gpu.experts import experts as on_gpu
+
+        return on_gpu(x, chosen, weights, gate_up, down)
     library = native_library() if x.device.type == "cpu" else None
     if library is None or not x.numel():
         return _experts_in_torch(x, chosen, weights, gate_up, down, int8=int8)

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.kernels.packed import PackedWeight, experts, linear
@@ -117,4 +118,24 @@ def _elsewhere(
     x: Tensor, chosen: Tensor, weights: Tensor, gate_up: PackedWeight, down: PackedWeight, *, int8: bool
 ) -> Tensor:
     device = gate_up.codes.device
-    return experts(x.to(device), chosen.to(device), weights.to(device), gate_up, down, int8=int8).to(x.device)
+    if x.device == device:
+        return experts(x, chosen, weights, gate_up, down, int8=int8)
+    there = _brought((x, chosen, weights), device)
+    return _brought((experts(*there, gate_up, down, int8=int8),), x.device)[0]
+
+
+def _brought(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """The same on another device, with one wait for all of them, and through pinned memory where the host is an end.
+
+    Such memory is torch's to keep: what is still being read is not lent again.
+    """
+    source = tensors[0].device
+    if source.type == "cuda" and device.type == "cpu":
+        pinned = [torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in tensors]
+        for here, there in zip(pinned, tensors, strict=True):
+            here.copy_(there, non_blocking=True)
+        torch.cuda.current_stream(source).synchronize()
+        return pinned
+    if source.type == "cpu" and device.type == "cuda":
+        return [one.pin_memory().to(device, non_blocking=True) for one in tensors]
+    return [one.to(device) for one in tensors]

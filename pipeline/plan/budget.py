@@ -14,7 +14,8 @@ LoadStrategy: TypeAlias = Literal["no-gpu", "min-gpu", "max-gpu"]
 Form: TypeAlias = Literal["stock", "packed", "unpacked"]
 
 MAX_SLOTS = 256  # beyond this a step gains little: the products of matrices are near their peak
-KEPT_STATES = 1  # beside those of the slots: of what prompts begin with alike, for recurrent layers
+# Beside those of the slots, for recurrent layers: of what prompts begin with alike; and, on a GPU, of nobody's rows.
+KEPT_STATES = {"host": 1, "gpu": 2}
 _MIB = 1 << 20
 # Measured on Linux: the interpreter with torch and transformers imported; the CUDA libraries and the context on top.
 _RUNTIME_BYTES = {"host": 700 * _MIB, "gpu": 600 * _MIB}
@@ -123,7 +124,7 @@ def batch_needs(
     work = cache_tokens * _work_bytes_per_token(facts, placement, workload) + slots * _logit_bytes(facts)
     needs = {
         _CACHE: cache_tokens * facts.kv_bytes_per_token(placement.value_bytes),
-        _STATE: (slots + KEPT_STATES) * facts.state_bytes_per_sequence(placement.value_bytes),
+        _STATE: (slots + KEPT_STATES[placement.device]) * facts.state_bytes_per_sequence(placement.value_bytes),
         _WORK: work,
     }
     return [Need(placement.device, part, num_bytes) for part, num_bytes in needs.items() if num_bytes]

@@ -12,7 +12,7 @@ from pipeline.machine import Machine
 from pipeline.plan.budget import MAX_SLOTS, Form, LoadStrategy, Placement, Workload, expert_layer_bytes
 from pipeline.plan.placement import PLACES, Budget, DType, Fit, Placer, show_bytes
 from pipeline.plan.repack_cache import RepackCache, choose_repack_cache
-from pipeline.plan.streaming import ASSUMED_BYTES_PER_S, STEP_TOKENS, STREAMED_STEP_TOKENS, Streaming
+from pipeline.plan.streaming import ASSUMED_BYTES_PER_S, STEP_TOKENS, WIDE_STEP_TOKENS, Streaming
 from pipeline.spec.keys import JobSpec
 
 TYPICAL_PROMPT_TOKENS = 512  # assumed until the input is counted
@@ -144,7 +144,7 @@ def make_plan(
         num_expert_layers_on_gpu=placement.num_expert_layers_on_gpu,
         num_streamed_layers=placement.num_streamed_layers,
         streaming=streaming,
-        step_tokens=STREAMED_STEP_TOKENS if streaming else STEP_TOKENS,
+        step_tokens=WIDE_STEP_TOKENS if streaming or device != "cpu" else STEP_TOKENS,
         repack_cache=repack_cache,
         dtype=dtype,
         weights=placement.form,

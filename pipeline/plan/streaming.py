@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 STEP_TOKENS = 512  # of prompts and answers in one step; above some hundreds a CPU's matrix products gain nothing more
-STREAMED_STEP_TOKENS = 2048  # where a step costs a reading of the disk: prompts are taken in with as few as memory lets
+WIDE_STEP_TOKENS = (
+    2048  # where a step costs much whatever its width: a reading of the disk, a GPU that waits for Python
+)
 ASSUMED_BYTES_PER_S = 1_000_000_000  # of a disk that was not measured
 CHECK_PASSES = 6  # before the first answer: one tries the native forms of layers, five check the packing
 
