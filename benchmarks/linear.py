@@ -3,6 +3,7 @@
     python benchmarks/linear.py [--outputs 2048 --inputs 2048] [--rows 1 4 16 64 256]
 
 Each line gives medians in microseconds. As many layers take turns as exceed the caches, as those of a model do.
+`int8` is what `model.activation: int8` computes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -58,6 +60,8 @@ def main() -> None:
         "ours 8 bits": (linear, [_packed(outputs, inputs, 8) for _ in copies for _ in range(4)]),
         "ours 4 bits": (linear, [_packed(outputs, inputs, 4) for _ in copies for _ in range(8)]),
     }
+    for bits in (8, 4):
+        ways[f"{bits} bits, int8"] = (partial(linear, int8=True), ways[f"ours {bits} bits"][1])
     print(f"{outputs} x {inputs}, {torch.get_num_threads()} threads, {kernel_in_use()}")
     print("rows", *ways, sep=" | ")
     for rows in given.rows:

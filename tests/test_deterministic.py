@@ -19,51 +19,15 @@ from pipeline.engines.row_invariant import row_invariant
 from pipeline.engines.slot_cache import NotServedError, Span
 from pipeline.engines.transformers import open_deterministic_engine
 from pipeline.errors import MachineError, SpecError
-from pipeline.kernels import row_linear as kernel
-from pipeline.kernels.native import Native, native
-from pipeline.kernels.row_linear import row_linear
+from pipeline.kernels import plain
+from pipeline.kernels.native import Native
 from pipeline.loading.builtin import prepare_builtin
+from pipeline.loading.packed_modules import put_linears_in_blocks
 from pipeline.records import Request
 from tests.tiny_models import PACKED, answers, bytes_tokenizer, engine_of, prompts, request, tampered, texts, tiny_model
 
-pytestmark = pytest.mark.skipif(native(kernel.SOURCE).library is None, reason="no C compiler")
+pytestmark = pytest.mark.skipif(not plain.is_served(), reason="no C compiler")
 CPU = torch.device("cpu")
-
-
-# The product
-
-
-@settings(max_examples=40)
-@given(
-    st.integers(1, 150),
-    st.integers(1, 90),
-    st.integers(1, 140),
-    st.sampled_from([torch.float32, torch.bfloat16]),
-    st.data(),
-)
-def test_a_row_of_a_product_is_the_same_bits_in_any_company(
-    rows: int, outputs: int, inputs: int, dtype: torch.dtype, data: Any
-) -> None:
-    generator = torch.Generator().manual_seed(rows)
-    x = torch.randn(rows, inputs, generator=generator).to(dtype)
-    weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
-    torch.set_num_threads(data.draw(st.integers(1, 3)))
-    try:
-        found = row_linear(x, weight)
-    finally:
-        torch.set_num_threads(1)
-    wanted = x.double() @ weight.double().T
-    assert found.dtype == dtype
-    torch.testing.assert_close(found.double(), wanted, rtol=0.01 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
-    some = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=9))
-    assert torch.equal(row_linear(x[some], weight), found[some])
-    assert torch.equal(row_linear(x[some][:, None], weight.T.contiguous().T)[:, 0], found[some]), "in another layout"
-
-
-def test_torchs_own_product_is_not() -> None:
-    x, weight = torch.randn(2, 64, 576, generator=torch.Generator().manual_seed(1))
-    whole = torch.nn.functional.linear(x, weight)
-    assert any(not torch.equal(torch.nn.functional.linear(x[:few], weight), whole[:few]) for few in range(1, 64))
 
 
 # Functions of torch
@@ -179,15 +143,27 @@ def in_company(prompt: Sequence[int], others: Sequence[Sequence[int]], cuts: Seq
     return plan
 
 
+def fused(model: Any, prompt: Sequence[int], *, row_by_row: bool = True) -> PackedModel:
+    packed = PackedModel(model, 8, row_by_row=row_by_row)
+    with torch.inference_mode():
+        packed.fuse(prompt)
+    return packed
+
+
 cut_places = st.lists(st.integers(1, 39), max_size=5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [*PACKED, "qwen3.5-moe"])
 def test_scores_are_the_same_bits_in_any_company(name: str, dtype: torch.dtype) -> None:
-    model = PackedModel(copy.deepcopy(tiny_model(name)).to(dtype), 8, row_by_row=True)
     prompt, others = list(range(10, 50)), prompts(6, seed=7)
+    own: Any = copy.deepcopy(tiny_model(name)).to(dtype)
+    in_blocks = copy.deepcopy(own)
+    put_linears_in_blocks(in_blocks)
+    model = fused(own, prompt)
     alone = scores(model, [[(0, prompt, 0, 40)]])[0]
+    again = scores(fused(in_blocks, prompt), [[(0, prompt, 0, 40)]])[0]
+    assert torch.equal(again, alone), "whatever the layout of its weights"
 
     @settings(max_examples=4)
     @given(st.lists(st.sampled_from(others), max_size=6), cut_places, st.integers(0, 7), st.integers(1, 3))
@@ -274,7 +250,7 @@ def opened(model: Any) -> Any:
 
 def test_a_model_is_tried_before_anything_is_promised(monkeypatch: pytest.MonkeyPatch) -> None:
     opened(tiny_model("qwen3-moe"))
-    monkeypatch.setattr(module, "row_linear", torch.ops.aten.linear)
+    monkeypatch.setattr(module, "matrix_linear", torch.ops.aten.linear)
     module._replacements.cache_clear()
     try:
         with pytest.raises(SpecError, match="its scores changed with the prompts beside them"):
@@ -300,7 +276,7 @@ def test_a_product_that_we_do_not_know_is_refused() -> None:
 
 
 def test_without_a_compiler_the_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "_library", lambda: None)
+    monkeypatch.setattr(plain, "is_served", lambda: False)
     monkeypatch.setattr("pipeline.engines.transformers.native", lambda _: Native(None, "there is no C compiler"))
     with pytest.raises(MachineError, match="there is no C compiler; install gcc"):
         opened(tiny_model("llama"))
@@ -315,7 +291,7 @@ def test_the_real_model_gives_the_same_bits_in_any_company() -> None:
     prompt, others = list(range(1000, 1040)), [list(range(500 + 7 * place, 520 + 9 * place)) for place in range(6)]
     found = []
     for row_by_row in (True, False):
-        model = PackedModel(real, 8, row_by_row=row_by_row)
+        model = fused(real, prompt, row_by_row=row_by_row)
         alone = scores(model, [[(0, prompt, 0, 40)]])[0]
         again = [scores(model, in_company(prompt, others, cuts, 3))[3] for cuts in ([], [7], [11, 39])]
         found.append(all(torch.equal(one, alone) for one in again))

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.kernels import packed as module
+from pipeline.kernels import place as placing
 from pipeline.kernels.native import native
-from pipeline.kernels.packed import PackedWeight, dequantize, experts, in_blocks, kernel_in_use, linear, place
+from pipeline.kernels.packed import PackedWeight, dequantize, experts, kernel_in_use, linear
+from pipeline.kernels.place import in_blocks, place
 from pipeline.loading.autoround_format import PackedLinear, pack_symmetric
 from pipeline.loading.autoround_format import dequantize as dequantize_stored
 
@@ -22,8 +24,10 @@ torch.set_num_threads(1)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "torch":
         monkeypatch.setattr(module, "native_library", lambda: None)
+        monkeypatch.setattr(placing, "native_library", lambda: None)
     else:
-        assert module.native_library() is not None, native(module._SOURCE).reason
+        assert placing.native_library() is not None
+        assert module.native_library() is not None, native(module.SOURCE).reason
     return request.param
 
 
@@ -149,19 +153,29 @@ def test_tokens_get_their_experts_weighted(path: str, dtype: torch.dtype, num_to
     assert error(found, wanted) < 2 * ROUNDING[dtype]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_tokens_answer_does_not_depend_on_those_beside_it(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "int8"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)], ids=str
+)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_tokens_answer_does_not_depend_on_those_beside_it(bits: int, dtype: torch.dtype, int8: bool) -> None:
     assert module.native_library() is not None
     generator = torch.Generator().manual_seed(3)
-    into, out_of, *_ = mixture(generator)
-    _, layer = quantized(generator, 64, 96, bits=8, group_size=32)
-    x = torch.randn(40, 96, generator=generator).to(dtype)
-    chosen = torch.rand(40, 6, generator=generator).topk(2).indices
-    weights = torch.rand(40, 2, generator=generator)
-    together, products = experts(x, chosen, weights, into, out_of), linear(x, layer)
-    for some in (slice(0, 1), slice(3, 20), slice(39, 40)):
-        assert torch.equal(experts(x[some], chosen[some], weights[some], into, out_of), together[some])
-        assert torch.equal(linear(x[some], layer), products[some])
+    into, out_of, *_ = mixture(generator, bits)
+    _, layer = quantized(generator, 64, 96, bits=bits, group_size=32)
+    x = torch.randn(140, 96, generator=generator).to(dtype)
+    chosen = torch.rand(140, 6, generator=generator).topk(2).indices
+    weights = torch.rand(140, 2, generator=generator)
+    together = experts(x, chosen, weights, into, out_of, int8=int8)
+    products = linear(x, layer, int8=int8)
+    try:
+        for count in range(1, 71):
+            some = slice(count, 2 * count)
+            torch.set_num_threads(2 if count in (2, 7, 16, 50) else 1)  # for each would wait long beside other work
+            found = experts(x[some], chosen[some], weights[some], into, out_of, int8=int8)
+            assert torch.equal(found, together[some])
+            assert torch.equal(linear(x[some], layer, int8=int8), products[some])
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_numbers_that_are_none_stay_with_their_token() -> None:

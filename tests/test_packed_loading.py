@@ -179,6 +179,7 @@ def test_files_that_vanish_while_experts_are_streamed_are_told(directory: Path, 
 def test_without_a_compiler_the_model_is_the_same(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = scores(load_model(plan_of(directory)).model)
     monkeypatch.setattr("pipeline.kernels.packed.native_library", lambda: None)
+    monkeypatch.setattr("pipeline.kernels.place.native_library", lambda: None)
     found = scores(load_model(plan_of(directory)).model)
     assert (found - wanted).abs().max() < 1e-4 * wanted.std()
 

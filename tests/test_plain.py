@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.kernels.plain import in_plain_blocks, is_served, plain_linear
+from pipeline.kernels.plain import in_plain_blocks, is_served, matrix_linear, plain_linear
 from pipeline.loading.packed_modules import PlainLinear, put_linears_in_blocks
 from tests.tiny_models import PACKED, tiny_model
 
@@ -39,21 +39,49 @@ def test_a_layer_multiplies_with_its_weights(rows: int, outputs: int, inputs: in
     assert ((found.double() - x.double() @ weight.double().T).abs() <= 1e-6 * sizes).all()
 
 
-@pytest.mark.parametrize("narrow", [True, False])
-def test_a_rows_product_does_not_depend_on_the_rows_beside_it_nor_on_threads(narrow: bool) -> None:
-    generator = torch.Generator().manual_seed(1)
-    weight = torch.randn(100, 576, generator=generator)
-    layer = in_plain_blocks(weight.bfloat16().float() if narrow else weight)
-    x = torch.randn(300, 576, generator=generator)
+@pytest.mark.parametrize(("outputs", "inputs"), [(33, 577), (100, 576), (1, 7), (31, 130), (64, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rows_product_is_the_same_bits_in_any_company_layout_and_number_of_threads(
+    outputs: int, inputs: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(inputs)
+    weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
+    layer, turned = in_plain_blocks(weight), weight.T.contiguous().T
+    x = torch.randn(300, inputs, generator=generator)
     together = plain_linear(x, layer)
-    for first, last in [*((9, 9 + count) for count in range(1, 9)), (1, 50), (100, 300)]:
-        assert torch.equal(plain_linear(x[first:last], layer), together[first:last])
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(3)
-        assert torch.equal(plain_linear(x, layer), together)
+        for first, last in [*((count, 2 * count) for count in range(1, 71)), (1, 50), (100, 300), (0, 300)]:
+            torch.set_num_threads(
+                2 if last in (2, 14, 32, 50, 300) else 1
+            )  # for each would wait long beside other work
+            for found in (plain_linear(x[first:last], layer), matrix_linear(x[first:last], weight)):
+                assert torch.equal(found, together[first:last])
+        assert torch.equal(matrix_linear(x[:, None], turned)[:, 0], together)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_torchs_own_product_minds_the_number_of_rows() -> None:
+    x, weight = torch.randn(2, 64, 576, generator=torch.Generator().manual_seed(1))
+    whole = torch.nn.functional.linear(x, weight)
+    assert any(not torch.equal(torch.nn.functional.linear(x[:few], weight), whole[:few]) for few in range(1, 64))
+
+
+def test_narrow_rows_are_multiplied_as_they_are_and_rounded_once() -> None:
+    weight, x = torch.randn(40, 30).bfloat16(), torch.randn(7, 30).bfloat16()
+    wanted = plain_linear(x.float(), in_plain_blocks(weight)).bfloat16()
+    assert torch.equal(plain_linear(x, in_plain_blocks(weight)), wanted)
+    assert torch.equal(matrix_linear(x, weight), wanted)
+
+
+def test_a_part_of_a_larger_matrix_is_multiplied_where_it_lies() -> None:
+    whole, x = torch.randn(3, 40, 50), torch.randn(5, 20)
+    part = whole[1, 3:38, 7:27]
+    torch.testing.assert_close(matrix_linear(x, part), x @ part.T, rtol=1e-5, atol=1e-5)
+    assert matrix_linear(x[:0], part).shape == (0, 35)
+    with pytest.raises(TypeError, match="float64"):
+        matrix_linear(x.double(), part)
 
 
 def test_no_rows_and_more_dimensions_have_their_shapes() -> None:

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.make_checkpoint import make_checkpoint
-from pipeline.kernels.packed import LAYOUT, in_blocks
+from pipeline.kernels.packed import LAYOUT
+from pipeline.kernels.place import in_blocks
 from pipeline.loading import load_model
 from pipeline.loading.weight_files import Reader
 from pipeline.plan.plan import Plan

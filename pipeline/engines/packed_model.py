@@ -58,11 +58,8 @@ class PackedModel:
             raise NotServedError("positions are not an input")
 
     def fuse(self, token_ids: Sequence[int]) -> None:
-        """Compute modules in fewer passes from now on, as far as that gives the same for this prompt.
-
-        Not where rows may not mind their neighbours: the products that promise it are found in the modules themselves.
-        """
-        forwards = {} if self._row_by_row else fused_forwards(self._model, self.cache)
+        """Compute modules in fewer passes from now on, as far as that gives the same for this prompt."""
+        forwards = fused_forwards(self._model, self.cache)
         if not forwards:
             return
         self.resize(len(token_ids))

@@ -15,7 +15,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline.engines.slot_cache import NotServedError
-from pipeline.kernels.row_linear import row_linear
+from pipeline.kernels.plain import matrix_linear
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ _PIECE, _WHOLE = 16384, 128
 def row_invariant() -> AbstractContextManager[Any]:
     """Within this block torch's functions compute each row as if alone, or raise NotServedError.
 
-    Call it where `row_linear.is_available`. What calls a kernel of ours directly answers for itself.
+    Call it where `plain.is_served`. What calls a kernel of ours directly answers for itself.
     """
     from torch.overrides import TorchFunctionMode
 
@@ -78,7 +78,7 @@ def _named(names: tuple[str, ...]) -> Iterator[Any]:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    out = row_linear(x, weight)
+    out = matrix_linear(x, weight)
     return out if bias is None else out + bias
 
 
@@ -90,7 +90,7 @@ def _addmm(bias: Tensor, x: Tensor, weight: Tensor, **factors: float) -> Tensor:
 
 def _product(function: Any, x: Tensor, other: Tensor) -> Tensor:
     if other.dim() == 2 and x.dim() >= 2:
-        return row_linear(x, other.T)
+        return matrix_linear(x, other.T)
     return _outer_or_refused(function, x, other)
 
 

@@ -10,7 +10,7 @@ from pipeline.engines.padded import PaddedEngine
 from pipeline.engines.slot_cache import NotServedError
 from pipeline.engines.slots import SlotEngine
 from pipeline.errors import MachineError, Problem, SpecError
-from pipeline.kernels import row_linear
+from pipeline.kernels import packed, plain
 from pipeline.kernels.native import native
 from pipeline.loading.quiet import quiet_libraries
 from pipeline.plan.streaming import STEP_TOKENS
@@ -39,8 +39,8 @@ def open_deterministic_engine(
 
     Raises SpecError for a model that it cannot promise this for, MachineError where there is no compiler.
     """
-    if not row_linear.is_available():
-        why = native(row_linear.SOURCE).reason
+    if not plain.is_served():
+        why = native(packed.SOURCE).reason
         raise MachineError(Problem(f"needs kernels that are compiled here, and {why}; install gcc", field=_FIELD))
     try:
         engine = SlotEngine(

@@ -80,7 +80,7 @@ INLINE void store_any(void *x, int64_t at, vec wide, int64_t count, const int is
 #ifdef __AVX512F__
 #define REGISTER 16 // numbers
 #define ROWS 12
-#elif defined(__AVX__)
+#elif defined(__AVX2__)
 #define REGISTER 8
 #define ROWS 6
 #else
@@ -89,6 +89,7 @@ INLINE void store_any(void *x, int64_t at, vec wide, int64_t count, const int is
 #endif
 typedef float reg __attribute__((vector_size(4 * REGISTER), aligned(4), may_alias));
 typedef int32_t int_reg __attribute__((vector_size(4 * REGISTER), aligned(4), may_alias));
+typedef uint32_t word_reg __attribute__((vector_size(4 * REGISTER), aligned(4), may_alias));
 
 // Where the condition holds the one, elsewhere the other.
 INLINE reg choose(int_reg condition, reg yes, reg no) {

@@ -1,6 +1,6 @@
 """Products with packed integer weights: kernels for CPUs and GPUs where they can be had, and the same in torch.
 
-The layout (`packed.c` says why): a layer of K inputs and N outputs is `codes` int32 [N / 32, K * bits / 32, 32] and
+The layout (`blocks.h`): a layer of K inputs and N outputs is `codes` int32 [N / 32, K * bits / 32, 32] and
 `scales` float16 [N / 32, K / group_size, 32]; the experts of a layer are stacked in front. Weights are symmetric:
 `weight = (code - 2 ** (bits - 1)) * scale`, and exact: only what comes out is rounded to the type of what went in.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 BLOCK = 32  # outputs that lie together
 LAYOUT = 1  # the number of this layout: weights are kept in it on disk, and one of another number is made anew
 _WORD_BITS = 32
-_SOURCE = Path(__file__).with_name("packed.c")
+SOURCE = Path(__file__).with_name("packed.c")
 _SLAB = 128  # inputs that are rounded to 8 bits with one scale, or fewer where a group is not made of so many
 _FLOAT32, _BFLOAT16, _INT8 = range(3)  # kinds of rows
 _EXPERTS_AT_ONCE = 32  # that the torch path dequantizes together: bounds its memory
@@ -51,11 +51,6 @@ class PackedWeight(NamedTuple):
     def __getitem__(self, index: Any) -> PackedWeight:
         """Those experts of a stack."""
         return PackedWeight(self.codes[index], self.scales[index], self.bits)
-
-
-def in_blocks(matrix: Tensor) -> Tensor:
-    """[..., R, N] as [..., N / 32, R, 32]: a matrix of the checkpoint (`qweight`, `scales`) in the kernels' order."""
-    return matrix.unflatten(-1, (-1, BLOCK)).transpose(-3, -2).contiguous()
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -97,8 +92,12 @@ def multiply(
     out: Tensor,
     *,
     int8: bool = False,
+    stride: int = 0,
 ) -> None:
-    """out [M, N] = rows [M, K] times one layer in blocks, in native code. MemoryError where it has no room."""
+    """out [M, N] = rows [M, K] times one layer, in native code. MemoryError where it has no room.
+
+    The layer lies in blocks, or with `scales` None it may lie as torch has it, its rows `stride` numbers apart.
+    """
     import torch
 
     library = native_library()
@@ -113,6 +112,7 @@ def multiply(
                 num_inputs,
                 bits,
                 group,
+                stride,
             )
         ),
         rows.data_ptr(),
@@ -195,36 +195,9 @@ def _rounded(x: Tensor, weight: PackedWeight) -> Tensor:
     return torch.where(most == 0, 0, numbers * (most / 127)).flatten(-2).to(x.dtype)
 
 
-def place(staged: Tensor, offsets: Tensor, targets: Tensor, rows: Tensor, columns: Tensor, sizes: Tensor) -> int | None:
-    """Copy matrices out of raw bytes into blocks of 32 columns; the first matrix at fault, if any.
-
-    Each argument but `staged` (uint8) is int64 [count]: where a matrix begins, the address it goes to, its sides and
-    the bytes of an element, 4 or 2. Size 0 stands for a matrix of words that must all be the number in `targets`.
-    """
-    arguments = (staged, offsets, targets, rows, columns, sizes)
-    library = native_library()
-    if library is None:
-        return _place_in_torch(*arguments)
-    at = library.packed_place(len(offsets), *(tensor.data_ptr() for tensor in arguments))
-    return None if at < 0 else at
-
-
-def _place_in_torch(staged: Tensor, *lists: Tensor) -> int | None:
-    import torch
-
-    for index, (offset, target, rows, columns, size) in enumerate(zip(*map(torch.Tensor.tolist, lists), strict=True)):
-        matrix = staged[offset : offset + rows * columns * (size or 4)].view(torch.int16 if size == 2 else torch.int32)
-        if size:
-            blocks = in_blocks(matrix.view(rows, columns))
-            ctypes.memmove(target, blocks.data_ptr(), blocks.nbytes)
-        elif not (matrix == target).all():
-            return index
-    return None
-
-
 def kernel_in_use() -> str:
     """What computes on the CPU, for people."""
-    library, reason = native(_SOURCE)
+    library, reason = native(SOURCE)
     if library is None:
         return f"torch, much slower than native code: {reason}"
     return "native code with bfloat16 products" if library.packed_has_bf16() else "native code in float32"
@@ -238,13 +211,14 @@ class _Packed(ctypes.Structure):
         ("inputs", ctypes.c_int64),
         ("bits", ctypes.c_int64),
         ("group", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
     )
 
 
 @cache
 def native_library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they cannot be had."""
-    library = native(_SOURCE).library
+    library = native(SOURCE).library
     if library is None:
         return None
     layer, pointer, number, switch = ctypes.POINTER(_Packed), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -253,9 +227,6 @@ def native_library() -> ctypes.CDLL | None:
         *(layer, layer, pointer, number, pointer, pointer),
         *(number, number, pointer, switch, switch),
     )
-    library.packed_place.argtypes = (number, *[pointer] * 6)
-    library.packed_place.restype = number
-    library.plain_place.argtypes = (pointer, number, number, switch, pointer, switch)
     return library
 
 

@@ -1,8 +1,10 @@
-"""Products with plain weights that lie in blocks, as the packed ones do, for processors without bfloat16 arithmetic.
+"""Products with plain weights: in blocks, as packed ones lie, or as torch has them.
 
-The layout is that of `packed.c`: `blocks` int32 [N / 32 rounded up, K * bits / 32, 32], where a word holds two
+The layout is that of `blocks.h`: `blocks` int32 [N / 32 rounded up, K * bits / 32, 32], where a word holds two
 bfloat16 numbers that follow each other in K (bits 16) or one float32 (bits 32). All is computed in float32, and each
-row is summed in one order whatever is beside it.
+row is summed in one order whatever is beside it, in both layouts the same: bit for bit, whatever the number of rows, a
+row's place among them and the number of threads. Libraries that choose a kernel by the sizes of matrices promise none
+of that.
 """
 # pyright: basic
 
@@ -10,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipeline.kernels import packed
+from pipeline.kernels import packed, place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,36 +31,51 @@ class PlainWeight(NamedTuple):
 
 
 def is_served() -> bool:
-    """Whether there is a kernel for plain weights in blocks; without one torch's own layout serves torch better."""
-    return packed.native_library() is not None
+    """Whether there is a kernel for plain weights; without one torch's own layout serves torch better."""
+    return packed.native_library() is not None and place.native_library() is not None
 
 
 def in_plain_blocks(weight: Tensor) -> PlainWeight:
-    """A float32 matrix [N, K] as blocks: as bfloat16 where that loses nothing, which halves what a step reads.
+    """A matrix [N, K], float32 or bfloat16, as blocks: as bfloat16 where that loses nothing, half of what a step reads.
 
     Call it only where `is_served`.
     """
-    import torch
-
-    library, weight = packed.native_library(), weight.contiguous()
-    assert library is not None
     num_outputs, num_inputs = weight.shape
     for bits in (16, 32):
         if num_inputs * bits % 32 == 0:
-            num_blocks = -(-num_outputs // packed.BLOCK)
-            blocks = torch.empty(num_blocks, num_inputs * bits // 32, packed.BLOCK, dtype=torch.int32)
-            matrix = (weight.data_ptr(), num_outputs, num_inputs, bits)
-            if not library.plain_place(*matrix, blocks.data_ptr(), torch.get_num_threads()):
+            blocks = place.plain_in_blocks(weight.float(), bits)
+            if blocks is not None:
                 return PlainWeight(blocks, num_outputs, bits)
     raise AssertionError("float32 as it is loses nothing")
 
 
 def plain_linear(x: Tensor, weight: PlainWeight) -> Tensor:
-    """x [..., K] float32 times the layer: [..., N] float32. Call it only where `is_served`."""
+    """x [..., K] float32 or bfloat16 times the layer: [..., N] in that type. Call it only where `is_served`."""
+    return _rows_times(x, weight.blocks, weight.num_outputs, weight.num_inputs, weight.bits)
+
+
+def matrix_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., K] times weight [N, K], both float32 or bfloat16 on a CPU: [..., N] in the type of x.
+
+    A matrix that is used again and again is better put in blocks. Call it only where `is_served`. Raises TypeError for
+    other types.
+    """
     import torch
 
-    rows = x.reshape(-1, weight.num_inputs).contiguous()
-    out = torch.empty(len(rows), weight.num_outputs)
+    bits_of = {torch.float32: 32, torch.bfloat16: 16}
+    if weight.dtype not in bits_of or x.dtype not in bits_of:
+        raise TypeError(f"a product of {x.dtype} and {weight.dtype}")
+    if weight.stride(1) != 1 or weight.stride(0) < 1:
+        weight = weight.contiguous()
+    num_outputs, num_inputs = weight.shape
+    return _rows_times(x, weight, num_outputs, num_inputs, bits_of[weight.dtype], stride=weight.stride(0))
+
+
+def _rows_times(x: Tensor, weight: Tensor, num_outputs: int, num_inputs: int, bits: int, *, stride: int = 0) -> Tensor:
+    import torch
+
+    rows = x.reshape(-1, num_inputs).to(torch.float32).contiguous()
+    out = torch.empty(len(rows), num_outputs)
     if len(rows):
-        packed.multiply(weight.blocks, None, weight.num_outputs, weight.num_inputs, weight.bits, rows, out)
-    return out.view(*x.shape[:-1], weight.num_outputs)
+        packed.multiply(weight, None, num_outputs, num_inputs, bits, rows, out, stride=stride)
+    return out.to(x.dtype).view(*x.shape[:-1], num_outputs)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
 
 from pipeline.errors import NotFoundError, Problem
 from pipeline.facts.checkpoint import Checkpoint, Shard
-from pipeline.kernels.packed import BLOCK, PackedWeight, place
+from pipeline.kernels.packed import BLOCK, PackedWeight
+from pipeline.kernels.place import place
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +69,7 @@ class WeightShape(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """A matrix of a packed layer; the last four as in `pipeline.kernels.packed.place`."""
+    """A matrix of a packed layer; the last four as in `pipeline.kernels.place.place`."""
 
     name: str
     stored: Stored

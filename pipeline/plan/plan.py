@@ -113,7 +113,7 @@ def make_plan(
     repack_cache, why_repack_cache = choose_repack_cache(spec.model.repack_cache, facts, placement)
     device = "cpu" if placement.device == "host" else f"cuda:{placer.gpu}"
     dtype, why_dtype = placer.dtype(strategy)
-    plain_kernel = device == "cpu" and dtype == "float32"
+    plain_kernel = device == "cpu" and (dtype == "float32" or spec.generation.deterministic)
     num_threads, why_threads = _threads(machine)
     environment = list(_environment(num_threads, placement))
     decisions = [
@@ -121,7 +121,7 @@ def make_plan(
         Decision("load strategy", strategy, why_strategy),
         Decision("device", device, _why_device(placer, placement)),
         Decision("dtype", dtype, why_dtype),
-        _products(plain_kernel=plain_kernel),
+        _products(dtype, plain_kernel=plain_kernel),
         *_activation(spec),
         _weights(placer, fit),
         *_experts(placer, placement, streaming),
@@ -245,7 +245,9 @@ def _check_deterministic(spec: JobSpec, strategy: LoadStrategy) -> None:
 
 def _deterministic(spec: JobSpec) -> Iterator[Decision]:
     if spec.generation.deterministic:
-        reason = "each row is summed in one order, whatever is beside it: the same bits in any batch; slower prompts"
+        reason = (
+            "each row is summed in one order, whatever is beside it: the same bits in any batch; slower long prompts"
+        )
         yield Decision("arithmetic", "row by row", reason)
 
 
@@ -312,10 +314,12 @@ def _weights(placer: Placer, fit: Fit) -> Decision:
     return Decision("weights", form, f"unpacked they would take {size}, more than half of the memory ({limit})")
 
 
-def _products(*, plain_kernel: bool) -> Decision:
+def _products(dtype: DType, *, plain_kernel: bool) -> Decision:
     if not plain_kernel:
         return Decision("plain layers", "torch", "its products use this device's own instructions for the type")
     reason = "float32 sums over weights that stay bfloat16 where they are, which halves what a step reads"
+    if dtype != "float32":
+        reason = "each row is summed in one order, in float32, which torch's products for the type do not promise"
     return Decision("plain layers", "native kernel", f"{reason}; torch where there is no compiler")
 
 

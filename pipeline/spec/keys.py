@@ -257,7 +257,8 @@ class GenerationSpec(Sampling):
 
     num_samples: Count = Field(default=1, description="Answers to each line, each with a random stream of its own.")
     deterministic: bool = Field(
-        default=False, description="Bitwise the same answers whatever the batch, the order or an interruption; slower."
+        default=False,
+        description="Bitwise the same answers whatever the batch, the order or an interruption; slow for long prompts.",
     )
 
 

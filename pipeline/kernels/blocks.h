@@ -1,0 +1,55 @@
+// How the weights of a linear layer lie, and what a block of them is multiplied into; included by what computes and by
+// what places them.
+//
+// A layer of K inputs and N outputs lies in blocks of 32 outputs, each in one piece:
+//     codes   uint32   [N / 32][K * bits / 32][32]   a word holds 32 / bits inputs of one output, the first lowest
+//     scales  float16  [N / 32][K / group][32]
+// weight[n, k] = (code - 2 ** (bits - 1)) * scale. Plain weights lie in the same blocks, without scales: codes of 16 bits
+// are bfloat16, of 32 bits float32. Their last block may have fewer outputs than it has room for.
+//
+// Plain weights may also lie as torch has them, [N][K], rows `stride` numbers apart.
+
+#pragma once
+
+#include "lanes.h"
+
+#define BLOCK 32
+#define SLAB 128 // inputs of a block that are multiplied together; as float32 they stay in the first-level cache
+#define AHEAD 1024 // words; the next slab is asked for while this one is dequantized, which gains a third to a half
+#define CHUNK 192 // rows that pass by a slab; bounds what lies on the stack
+#define TILE_ROWS 6 // rows of two registers whose sums fit the registers together, of which there are at least 16
+
+enum { FLOAT32, BFLOAT16, INT8 }; // kinds of rows
+
+// One layer, or a stack of equal ones: that of expert e begins e * outputs * inputs further.
+typedef struct {
+    const void *codes;
+    const uint16_t *scales; // NULL for plain weights
+    int64_t outputs, inputs, bits, group;
+    int64_t stride; // 0 for blocks
+} Packed;
+
+INLINE int64_t least(int64_t first, int64_t second) { return first < second ? first : second; }
+
+INLINE int64_t num_blocks(const Packed *layer) { return (layer->outputs + BLOCK - 1) / BLOCK; }
+
+// Inputs of a slab: scales change between slabs alone, and the last slab of plain weights may be smaller.
+INLINE int step_of(const Packed *layer) {
+    int step = SLAB;
+    while (layer->scales && layer->group % step) step /= 2;
+    return step;
+}
+
+// Finite values only, which scales are.
+INLINE float from_half(uint16_t half) {
+    union { uint32_t bits; float value; } number = {(uint32_t)(half & 0x7fff) << 13};
+    number.value *= 0x1p112f;
+    number.bits |= (uint32_t)(half & 0x8000) << 16;
+    return number.value;
+}
+
+// `scale` NULL: as it is.
+INLINE void add_scaled(float *sums, reg part, const float *scale) {
+    if (scale) part *= *(const reg *)scale;
+    *(reg *)sums += part;
+}

@@ -1,0 +1,131 @@
+// Rows times one block of a layer, whatever the kind of the rows and the form of the weights.
+//
+// A block is dequantized by slabs, which stay in the first-level cache while all rows pass by; the codes are thus read
+// once, whatever the number of rows. Products of a slab are summed in float32 and scaled then, so that weights are never
+// rounded. Every row is summed in the same order whatever rows are beside it.
+
+#pragma once
+
+#include "rows_bfloat16.h"
+#include "rows_float32.h"
+#include "rows_int8.h"
+
+// sums[r] = the products of rows[r] with one block of outputs; at most CHUNK rows.
+typedef void Multiply(const Packed *, int64_t expert, int64_t block, const void *const *rows, int num_rows,
+                      float (*sums)[BLOCK]);
+
+// A slab where its weights lie, and as it is made for many rows.
+typedef struct {
+    const uint32_t *codes;
+    const void *made; // NULL where it is multiplied as it lies
+    const float *scale;
+    int64_t first;
+    int step;
+} Slab;
+
+INLINE void tile(const Packed *layer, const Slab *slab, const void *const *rows, const int num_rows,
+                 float (*sums)[BLOCK], const int bits, const int kind, const int is_made) {
+    const int words = slab->step * bits / 32;
+    if (kind == INT8)
+        direct_int8(rows, num_rows, layer, slab->first, slab->step, bits, slab->codes, slab->scale, sums);
+#if HAS_BF16
+    else if (kind == BFLOAT16) tile_bf16(rows, num_rows, slab->first, slab->step, slab->made, slab->scale, sums);
+#endif
+    else if (is_made) tile_f32(rows, num_rows, slab->first, slab->step, slab->made, slab->scale, sums);
+    else direct_f32(rows, num_rows, slab->first, words, bits, slab->codes, slab->scale, sums);
+}
+
+// Tiles are of nearly equal numbers of rows: with one or two the sums would wait for each other.
+INLINE void all_tiles(const Packed *layer, const Slab *slab, const void *const *rows, int num_rows,
+                      float (*sums)[BLOCK], const int bits, const int kind, const int is_made) {
+    int num_tiles = (num_rows + TILE_ROWS - 1) / TILE_ROWS;
+    for (; num_tiles; num_tiles--) {
+        const int count = (num_rows + num_tiles - 1) / num_tiles;
+        switch (count) { // numbers known when compiled, so that sums stay in registers
+#define TILE(rows_of_tile) \
+    case rows_of_tile: tile(layer, slab, rows, rows_of_tile, sums, bits, kind, is_made); break
+            TILE(1);
+            TILE(2);
+            TILE(3);
+            TILE(4);
+            TILE(5);
+            TILE(6);
+        }
+        rows += count, sums += count, num_rows -= count;
+    }
+}
+
+INLINE void multiply_blocks(const Packed *layer, int64_t expert, int64_t block, const void *const *rows, int num_rows,
+                            float (*sums)[BLOCK], const int bits, const int kind) {
+    const int64_t words = layer->inputs * bits / 32, groups = layer->inputs / layer->group;
+    const int64_t place = expert * num_blocks(layer) + block;
+    const uint32_t *codes = (const uint32_t *)layer->codes + place * words * BLOCK;
+    const uint16_t *scales = bits < 16 ? layer->scales + place * groups * BLOCK : NULL;
+    const int step = step_of(layer), is_made = kind == BFLOAT16 || (kind == FLOAT32 && num_rows > TILE_ROWS);
+    float made[SLAB * BLOCK] __attribute__((aligned(64))), scale[BLOCK];
+    memset(sums, 0, num_rows * sizeof *sums);
+    for (int64_t first = 0; first < layer->inputs; first += step) {
+        const int inputs = least(step, layer->inputs - first);
+        Slab slab = {codes + first * bits / 32 * BLOCK, made, bits < 16 ? scale : NULL, first, inputs};
+        if (bits < 16)
+            for (int output = 0; output < BLOCK; output++)
+                scale[output] = from_half(scales[first / layer->group * BLOCK + output]);
+        if (!is_made) {
+            all_tiles(layer, &slab, rows, num_rows, sums, bits, kind, 0);
+            continue;
+        }
+#if HAS_BF16
+        if (kind == BFLOAT16) slab_bf16(slab.codes, inputs * bits / 32, bits, (uint32_t *)made);
+        else
+#endif
+        slab_f32(slab.codes, inputs * bits / 32, bits, made);
+        all_tiles(layer, &slab, rows, num_rows, sums, bits, kind, 1);
+    }
+}
+
+#define BLOCKS(bits, kind) \
+    static __attribute__((noinline)) void multiply_##bits##_##kind( \
+        const Packed *layer, int64_t expert, int64_t block, const void *const *rows, int num_rows, \
+        float (*sums)[BLOCK]) { \
+        multiply_blocks(layer, expert, block, rows, num_rows, sums, bits, kind); \
+    }
+BLOCKS(2, FLOAT32)
+BLOCKS(4, FLOAT32)
+BLOCKS(8, FLOAT32)
+BLOCKS(16, FLOAT32)
+BLOCKS(32, FLOAT32)
+#if HAS_BF16
+BLOCKS(2, BFLOAT16)
+BLOCKS(4, BFLOAT16)
+BLOCKS(8, BFLOAT16)
+#endif
+BLOCKS(2, INT8)
+BLOCKS(4, INT8)
+BLOCKS(8, INT8)
+
+// The same for one plain layer that lies as torch has it.
+static void multiply_matrix(const Packed *layer, int64_t expert, int64_t block, const void *const *rows, int num_rows,
+                            float (*sums)[BLOCK]) {
+    (void)expert;
+    float made[SLAB * BLOCK] __attribute__((aligned(64)));
+    memset(sums, 0, num_rows * sizeof *sums);
+    for (int64_t first = 0; first < layer->inputs; first += SLAB) {
+        const Slab slab = {NULL, made, NULL, first, least(SLAB, layer->inputs - first)};
+        slab_of_matrix(layer, block, first, slab.step, made);
+        all_tiles(layer, &slab, rows, num_rows, sums, 32, FLOAT32, 1);
+    }
+}
+
+static Multiply *multiply_for(const Packed *layer, int kind) {
+    static Multiply *const variants[3][5] = {
+        {multiply_2_FLOAT32, multiply_4_FLOAT32, multiply_8_FLOAT32, multiply_16_FLOAT32, multiply_32_FLOAT32},
+#if HAS_BF16
+        {multiply_2_BFLOAT16, multiply_4_BFLOAT16, multiply_8_BFLOAT16},
+#else
+        {NULL},
+#endif
+        {multiply_2_INT8, multiply_4_INT8, multiply_8_INT8},
+    };
+    if (layer->stride) return multiply_matrix;
+    return variants[kind][__builtin_ctzll(layer->bits) - 1];
+}

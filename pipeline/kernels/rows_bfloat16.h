@@ -1,0 +1,73 @@
+// Rows of bfloat16 times a slab of packed weights, where the processor multiplies that (AVX512-BF16): two inputs side by
+// side in a word, the first and the middle one of a word of codes first.
+
+#pragma once
+
+#include "blocks.h"
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#define HAS_BF16 1
+#include <immintrin.h>
+#else
+#define HAS_BF16 0
+#endif
+
+// Puts the inputs of a row into the order in which the slab has them.
+static void arrange(const uint16_t *row, int64_t inputs, int bits, uint32_t *pairs) {
+    const int per_half = 16 / bits;
+    for (int64_t word = 0; word < inputs / (2 * per_half); word++)
+        for (int place = 0; place < per_half; place++) {
+            const uint16_t *first = row + word * 2 * per_half + place;
+            pairs[word * per_half + place] = first[0] | (uint32_t)first[per_half] << 16;
+        }
+}
+
+#if HAS_BF16
+INLINE void slab_bf16(const uint32_t *codes, int words, const int bits, uint32_t *slab) {
+    const int per_half = 16 / bits;
+    uint16_t entries[32];
+    for (int half = 0; half < 32; half += LANES) { // the instruction looks at five bits, of which `bits` count
+        vec values;
+        for (int index = 0; index < LANES; index++)
+            values[index] = ((half + index) & ((1 << bits) - 1)) - (1 << (bits - 1));
+        store_bf16(entries + half, values, LANES);
+    }
+    const __m512i table = _mm512_loadu_si512(entries);
+    for (int word = 0; word < words; word++)
+        for (int half = 0; half < BLOCK; half += REGISTER) {
+            word_reg code = *(const word_reg *)(codes + word * BLOCK + half);
+            __builtin_prefetch(codes + word * BLOCK + half + AHEAD);
+            uint32_t *to = slab + word * per_half * BLOCK + half;
+            if (bits < 8) {
+                for (int place = 0; place < per_half; place++)
+                    *(word_reg *)(to + place * BLOCK) =
+                        (word_reg)_mm512_permutexvar_epi16((__m512i)(code >> (bits * place)), table);
+            } else { // of 256 values no table: convert, which is exact, and take the upper halves
+                code ^= 0x80808080u;
+                reg values[4];
+                for (int place = 0; place < 4; place++)
+                    values[place] = __builtin_convertvector((int_reg)(code << (24 - 8 * place)) >> 24, reg);
+                for (int place = 0; place < 2; place++)
+                    *(word_reg *)(to + place * BLOCK) = (word_reg)values[place] >> 16 | (word_reg)values[place + 2];
+            }
+        }
+}
+
+INLINE void tile_bf16(const void *const *rows, const int num_rows, int64_t first, int step, const uint32_t *slab,
+                      const float *scale, float (*sums)[BLOCK]) {
+    __m512 part[TILE_ROWS][2][2] = {}; // two sums each, so that one product need not wait for the last
+    for (int pair = 0; pair < step / 2; pair += 2)
+        for (int odd = 0; odd < 2; odd++) {
+            __m512bh low = (__m512bh)_mm512_loadu_si512(slab + (pair + odd) * BLOCK);
+            __m512bh high = (__m512bh)_mm512_loadu_si512(slab + (pair + odd) * BLOCK + REGISTER);
+            for (int row = 0; row < num_rows; row++) {
+                __m512bh x = (__m512bh)_mm512_set1_epi32(((const int32_t *)rows[row])[first / 2 + pair + odd]);
+                part[row][0][odd] = _mm512_dpbf16_ps(part[row][0][odd], x, low);
+                part[row][1][odd] = _mm512_dpbf16_ps(part[row][1][odd], x, high);
+            }
+        }
+    for (int row = 0; row < num_rows; row++)
+        for (int half = 0; half < 2; half++)
+            add_scaled(sums[row] + REGISTER * half, (reg)(part[row][half][0] + part[row][half][1]), scale + REGISTER * half);
+}
+#endif
