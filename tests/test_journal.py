@@ -10,6 +10,7 @@ from pipeline.ledger.journal import (
     Journal,
     decode_line,
     encode_line,
+    new_id,
     read_first_and_last,
     read_journal,
     read_runs,
@@ -54,8 +55,9 @@ def test_runs_are_compact():
     assert write_runs([]) == ""
 
 
-def journal_of(path, num_synced, num_unsynced):
+def journal_of(path, num_synced, num_unsynced, first=b""):
     """A journal with so many lines whose sync later lines tell of, and so many that may have been lost."""
+    path.write_bytes(first)
     journal = Journal(GrowingFile(DISK, path, Patience(0.0)))
     for number in range(num_synced + num_unsynced):
         journal.append({"kind": "note", "number": number})
@@ -105,6 +107,27 @@ def test_an_unsynced_line_may_be_lost_before_one_that_is_whole(tmp_path):
     lines = content.splitlines(keepends=True)
     lines[3] = bytes(len(lines[3]) - 1) + b"\n"
     assert read_all(tmp_path / "hole", b"".join(lines)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("is_ours", [False, True])
+def test_what_a_removed_journal_has_left_in_the_blocks_of_a_torn_tail_is_no_part_of_this_one(tmp_path, is_ours):
+    """Same job, same sizes, and lines that say that all before them was synced."""
+    ids = [new_id(), new_id()]
+    firsts = [encode_line({"number": 0, "id": ids[0 if is_ours else journal]}, 0) for journal in (0, 1)]
+    content, old = (journal_of(tmp_path / name, 3, 1, first) for name, first in zip("jo", firsts, strict=True))
+    assert len(content) == len(old)
+    assert read_all(tmp_path / "j", content) == [0, 0, 1, 2, 3]
+    assert read_first_and_last(tmp_path / "j")[1]["number"] == 3
+    ends = [end for _, end in read_journal(tmp_path / "j")]
+    for end in ends[:-1]:
+        torn = content[:end] + bytes(9) + old[end + 9 :]
+        if is_ours and end < ends[-2]:
+            with pytest.raises(DataError, match="damaged"):
+                read_all(tmp_path / "torn", torn)
+        else:
+            assert read_all(tmp_path / "torn", torn) == [0, 0, 1, 2][: ends.index(end) + 1]
+    if not is_ours:  # nor is it where it begins with a line
+        assert read_all(tmp_path / "torn", content[: ends[1]] + old[ends[1] :]) == [0, 0]
 
 
 def test_lines_taken_out_of_the_middle_are_missed(tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline import load_job, run_job
 from pipeline.errors import DataError, NotFoundError, SpecError
-from pipeline.ledger.journal import decode_line, encode_line
+from pipeline.ledger.journal import decode_line, encode_line, start_of_crcs
 from pipeline.tools.verify import verify_job
 from tests.command import is_generating, kill_after, overnight, start, wait_until, write_job
 
@@ -180,12 +180,13 @@ def test_answers_that_another_program_made_up_are_told(tmp_path):
     run_job(load_job(job), quiet=True)
     good = (tmp_path / "out.jsonl.partial").read_bytes()
     doubled = good.replace(b'"index":1', b'"index":0')
-    lines = []
-    for line in (tmp_path / "out.jsonl.journal").read_bytes().splitlines(keepends=True):
-        record, synced = decode_line(line)
+    header, *rest = (tmp_path / "out.jsonl.journal").read_bytes().splitlines(keepends=True)
+    lines = [header]
+    for line in rest:
+        record, synced = decode_line(line, start_of_crcs(header))
         if record["kind"] == "commit":
             record["sha256"] = hashlib.sha256(doubled).hexdigest()
-        lines.append(encode_line(record, synced))
+        lines.append(encode_line(record, synced, start_of_crcs(header)))
     (tmp_path / "out.jsonl.partial").write_bytes(doubled)
     (tmp_path / "out.jsonl.journal").write_bytes(b"".join(lines))
     problems = told(job)

@@ -3,8 +3,9 @@
 The ledger applies each record that it writes to the same fold, so that a run that goes on and a run that is read back
 know the same. The kinds of record, and their fields beside `kind`:
 
-    header      version, fields (of the job, dotted, and --limit and --shard), num_samples, input: sha256, num_bytes,
-                num_items, files; merged: the digests of the shards' outputs that the run was put together from
+    header      version; id, of this journal alone (not in version 1); fields (of the job, dotted, and --limit and
+                --shard), num_samples, input: sha256, num_bytes, num_items, files; merged: the digests of the shards'
+                outputs that the run was put together from
     input       input, as in the header: the input grew at its end
     session     started_at (Unix time): a process took up the run; mark: what it noted to be compared after its death;
                 death: the cause of the death of the session before, null where nothing tells
@@ -46,7 +47,11 @@ from pipeline.records import Json
 from pipeline.source.lines import InputDigest
 from pipeline.summary import Session, Tally
 
-VERSION = 1
+VERSION = 2
+_KNOWN_VERSIONS = (
+    1,
+    VERSION,
+)  # of version 1 no line tells whose it is; a program that knows no other must not read ours
 ANSWERED, FAILED = 1, 2  # in History.done
 # As `encode_line` writes them: what of a commit counts, and the records of which nothing does.
 _COMMIT, _TALLY = b'{"kind":"commit"', b'"tally":'
@@ -265,7 +270,7 @@ def begin_history(record: Record) -> History:
     """The state that a journal's first record tells. Raises KeyError, TypeError or ValueError for any other."""
     if record["kind"] != "header":
         raise ValueError("this is no journal of overnight")
-    if record["version"] != VERSION:
+    if record["version"] not in _KNOWN_VERSIONS:
         raise ValueError(f"a journal of version {record['version']}, and this program knows version {VERSION}")
     header = Header.from_record(record)
     first, num_answers = header.numbers.start, header.num_answers
@@ -330,7 +335,7 @@ def read_published(path: Path) -> tuple[Header, Published] | None:
     """
     try:
         first, last = read_first_and_last(path)
-        if first["kind"] != "header" or first["version"] != VERSION or last["kind"] != "publish":
+        if first["kind"] != "header" or first["version"] not in _KNOWN_VERSIONS or last["kind"] != "publish":
             return None
         header = replace(Header.from_record(first), input=input_from_record(last["input"]))
         return header, Published.from_record(last)

@@ -1,7 +1,10 @@
 """The journal's lines: one record each, with a CRC, and the rule that tells a torn tail from damage.
 
 A line is `CRC SYNCED JSON\\n`: the CRC-32 of the rest as eight hexadecimal digits; the number of journal bytes that
-were known to be on the disk when the line was written; the record, an object of ASCII JSON with a `kind`.
+were known to be on the disk when the line was written; the record, an object of ASCII JSON with a `kind`. The first
+record may have an `id`: the CRCs of all other lines begin with its value, not with 0, so that they are right in this
+journal alone. Where a file system gives a file its blocks before its data (ext4 with data=writeback, FAT), a power cut
+may leave a removed file's old content in them, and that may be the lines of an earlier journal.
 
 A crash may leave any part of what was not yet synced, in any order: the last line torn, or NULs for a line and the one
 after it whole. So a bad line ends the journal, and all from there on is cut, unless a whole line after it tells that
@@ -13,6 +16,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -28,26 +32,38 @@ _TAIL_BYTES = 1 << 16
 _WRONG_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP})
 
 
-def encode_line(record: Mapping[str, Any], synced: int) -> bytes:
-    """One line of the journal. Raises ValueError for what JSON cannot say (NaN, infinity)."""
+def new_id() -> str:
+    """For a journal's first record: 32 random bits, hexadecimal."""
+    return secrets.token_hex(4)
+
+
+def encode_line(record: Mapping[str, Any], synced: int, start: int = 0) -> bytes:
+    """One line of the journal, whose CRC begins with `start`. Raises ValueError for what JSON cannot say (NaN,
+    infinity)."""
     text = json.dumps(record, separators=(",", ":"), allow_nan=False)
     body = f"{synced} {text}".encode("ascii")
-    return b"%08x %s\n" % (zlib.crc32(body), body)
+    return b"%08x %s\n" % (zlib.crc32(body, start), body)
 
 
-def decode_line(line: bytes) -> tuple[Record, int] | None:
+def decode_line(line: bytes, start: int = 0) -> tuple[Record, int] | None:
     """The record and the SYNCED of a line with its line end; None where it is not whole."""
-    parts = _split(line)
+    parts = _split(line, start)
     try:
         return None if parts is None else (json.loads(parts[0]), parts[1])
     except ValueError:
         return None
 
 
-def _split(line: bytes) -> tuple[bytes, int] | None:
+def start_of_crcs(first: bytes) -> int:
+    """What the CRCs begin with of all lines that follow this first one; 0 where that is not whole or has no id."""
+    decoded = decode_line(first)
+    return 0 if decoded is None else int(decoded[0].get("id", "0"), 16)
+
+
+def _split(line: bytes, start: int) -> tuple[bytes, int] | None:
     """JSON and SYNCED of a line with its line end; None where it is not whole."""
     body = line[_CRC_CHARS + 1 : -1]
-    if line != b"%08x %s\n" % (zlib.crc32(body), body):
+    if line != b"%08x %s\n" % (zlib.crc32(body, start), body):
         return None
     synced, _, text = body.partition(b" ")
     return (text, int(synced)) if synced.isdigit() else None
@@ -70,11 +86,13 @@ class JournalLine(NamedTuple):
 def scan_journal(path: Path) -> Iterator[JournalLine]:
     """Every line of the file, whole or not. Raises OSError."""
     with path.open("rb") as file:
-        end = 0
+        end = start = 0
         for line in file:
             offset, end = end, end + len(line)
-            text, synced = _split(line) or (None, 0)
+            text, synced = _split(line, start) or (None, 0)
             yield JournalLine(offset, end, text, synced)
+            if not offset:
+                start = start_of_crcs(line)
 
 
 def read_journal(path: Path) -> Iterator[tuple[Record, int]]:
@@ -103,13 +121,15 @@ def whole_lines(path: Path) -> Iterator[JournalLine]:
 def read_first_and_last(path: Path) -> tuple[Record, Record]:
     """The records of the first and the last line. Raises ValueError where one is not whole; OSError."""
     with path.open("rb") as file:
-        first = decode_line(file.readline())
+        first_line = file.readline()
+        first = decode_line(first_line)
         tail, size = b"", file.seek(0, os.SEEK_END)
         # The last line, from the line end before it.
         while tail.count(b"\n") < 2 and len(tail) < size:
             file.seek(max(0, size - 2 * len(tail) - _TAIL_BYTES))
             tail = file.read()
-        last = decode_line(tail[tail.rfind(b"\n", 0, -1) + 1 :])
+        last_line = tail[tail.rfind(b"\n", 0, -1) + 1 :]
+        last = first if size == len(first_line) else decode_line(last_line, start_of_crcs(first_line))
     if first is None or last is None:
         raise ValueError("a line is not whole")
     return first[0], last[0]
@@ -133,11 +153,14 @@ class Journal:
     """Appends records; what is appended is on the disk after the next `sync`."""
 
     def __init__(self, file: GrowingFile) -> None:
+        """Raises OSError where the first line cannot be read."""
         self.file = file
+        with file.path.open("rb") as there:
+            self._start = start_of_crcs(there.readline())
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Raises WriteError."""
-        self.file.append(encode_line(record, self.file.synced))
+        self.file.append(encode_line(record, self.file.synced, self._start))
 
     def sync(self) -> None:
         """Raises WriteError."""

@@ -13,7 +13,7 @@ from pipeline.errors import DataError, NotFoundError, OutputError, Problem, Usag
 from pipeline.ledger.files import DISK, Files, GrowingFile, Patience, RunPaths, creating
 from pipeline.ledger.history import VERSION, History, Published, read_published, replay, skim
 from pipeline.ledger.identity import Header, Identity, check_input, check_job, input_to_record, is_untouched
-from pipeline.ledger.journal import Journal, Record, damaged, encode_line
+from pipeline.ledger.journal import Journal, Record, damaged, encode_line, new_id
 from pipeline.ledger.lock import lock_holder
 from pipeline.ledger.partial import read_groups
 from pipeline.ledger.publish import companions_in_place, place_journal, stranger, summary_bytes
@@ -100,7 +100,7 @@ def begin(
             raise stranger(path)
     if paths.partial.exists() and paths.partial.stat().st_size > 0:
         raise damaged(paths.partial, "holds answers, and the journal that must lie beside it is missing")
-    record = {"kind": "header", "version": VERSION, **Header.of(identity, merged).to_record()}
+    record = {"kind": "header", "version": VERSION, "id": new_id(), **Header.of(identity, merged).to_record()}
     with creating(paths.journal):
         place_journal(files, patience, paths, encode_line(record, 0))
 
