@@ -88,6 +88,7 @@ def test_a_record_that_makes_no_sense_is_refused(path, bad):
 def test_a_journal_of_another_version_or_kind_is_refused(path):
     with pytest.raises(DataError, match=f"version {VERSION + 1}.*knows version {VERSION}"):
         history_of(path, header(version=VERSION + 1))
+    assert history_of(path, header(version=1), SESSION).is_running
     with pytest.raises(DataError, match="newer version of overnight"):
         history_of(path, header(), SESSION, {"kind": "telepathy"})
     with pytest.raises(DataError, match="no journal"):
