@@ -152,3 +152,40 @@ def test_room_is_never_given_twice_and_comes_back_whole(size: int, steps: list[t
     for piece in taken:
         room.give_back(*piece)
     assert room.take(size) == 0
+
+
+def decoding_beside_a_prompt() -> Schedule[Request]:
+    """Four that decode, and two that came after and have prompts of 30 tokens."""
+    schedule: Schedule[Request] = Schedule(num_slots=6, room_tokens=1000)
+    for _ in range(4):
+        schedule.add(Request(10, 10))
+    schedule.admit()
+    for part in schedule.parts(100):
+        part.seat.computed = part.end
+        part.seat.row.given = 1
+    for _ in range(2):
+        schedule.add(Request(30, 10))
+    schedule.admit()
+    return schedule
+
+
+def test_answers_wait_for_prompts_where_these_go_first() -> None:
+    schedule = decoding_beside_a_prompt()
+    assert [part.end - part.begin for part in schedule.parts(50)] == [1, 1, 1, 1, 30, 16]
+    for sizes_of_parts in ([30, 20], [10]):
+        parts = schedule.parts(50, prompts_first=True)
+        assert [part.end - part.begin for part in parts] == sizes_of_parts
+        for part in parts:
+            part.seat.computed = part.end
+            part.seat.row.given = part.gives_token
+    assert [part.end - part.begin for part in schedule.parts(50, prompts_first=True)] == [1] * 6
+
+
+def test_who_came_last_waits_where_rows_are_too_many() -> None:
+    schedule = decoding_beside_a_prompt()
+    first = list(schedule.live.values())[:3]
+    schedule.most_rows = 3
+    assert [part.seat for part in schedule.parts(50)] == first
+    schedule.release(first[0])
+    assert schedule.admit() == []
+    assert [part.seat for part in schedule.parts(50)] == [*first[1:], list(schedule.live.values())[2]]
