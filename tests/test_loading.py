@@ -118,6 +118,16 @@ def test_without_bfloat16_instructions_linear_layers_keep_bfloat16_weights_and_t
     assert ours.weight_bytes == plain.weight_bytes - linear / 2 + embedding
 
 
+@pytest.mark.parametrize("weights", ["stock", "unpacked"])
+def test_a_model_in_bfloat16_may_have_its_linear_layers_in_blocks_too(llama: Path, packed: Path, weights: Any) -> None:
+    plan = replace(plan_of(llama if weights == "stock" else packed, weights=weights), dtype="bfloat16")
+    torchs, ours = load_model(replace(plan, plain_kernel=False)), load_model(replace(plan, plain_kernel=True))
+    assert "PlainLinear" in {type(module).__name__ for module in ours.model.modules()}
+    found, wanted = logits(ours), logits(torchs)
+    assert found.dtype == wanted.dtype
+    assert (found - wanted).float().square().mean().sqrt() < 0.02 * wanted.float().std()
+
+
 def test_packed_and_unpacked_loading_give_the_same_model(packed: Path, capfd: pytest.CaptureFixture[str]) -> None:
     import torch
 

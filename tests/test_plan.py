@@ -413,6 +413,11 @@ def test_deterministic_answers_are_refused_on_a_gpu_and_said_on_a_cpu(flagship: 
     assert caught.value.problems[0].field == "generation.deterministic"
     plan = make_plan(deterministic(job(load_strategy="no-gpu")), LAPTOP, flagship)
     assert decision(plan, "arithmetic")[0] == "row by row"
+    narrow = machine(cpu_features=frozenset({"avx512_bf16"}))
+    for asked, kernel in ((job(), "torch"), (deterministic(job()), "native kernel")):
+        plan = make_plan(asked, narrow, facts())
+        assert (plan.dtype, plan.plain_kernel) == ("bfloat16", kernel != "torch")
+        assert decision(plan, "plain layers")[0] == kernel
     assert "arithmetic" not in {made.name for made in make_plan(job(), machine(), facts()).decisions}
 
 
