@@ -85,7 +85,9 @@ class Peer:
             return json.loads(line)
         said = self.words.read_text(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(said) if line.strip()), "nothing said")
-        self.failure = f"ended with {self.process.wait()}: {last[-200:]}".replace("|", "/")
+        code = self.process.wait()
+        ending = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
+        self.failure = f"{ending}: {last[-200:]}".replace("|", "/")
         return {}
 
 

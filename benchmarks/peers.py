@@ -21,6 +21,7 @@ from urllib.request import Request, urlopen
 Requests = list[dict[str, Any]]
 Run = Callable[[Requests], list[list[int]]]  # the tokens of each answer
 BATCH = 16
+PAGE = 256  # tokens
 _OTHER = 1000  # an ordinary token in any vocabulary
 
 
@@ -64,10 +65,17 @@ def generate_batch(model: str, options: argparse.Namespace) -> Run:
     language_model: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, options.dtype))
     language_model.eval()
     settings = transformers.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+    # By itself it takes most of the memory that is free, which is the others' too.
+    pages = options.slots * options.longest // PAGE
+    sizes = transformers.ContinuousBatchingConfig(
+        page_size=PAGE, num_blocks=pages, max_requests_per_batch=options.slots
+    )
 
     def run(requests: Requests) -> list[list[int]]:
         found: dict[str, list[int]] = {}
-        with language_model.continuous_batching_context_manager(generation_config=settings) as manager:
+        with language_model.continuous_batching_context_manager(
+            generation_config=settings, continuous_batching_config=sizes
+        ) as manager:
             for place, one in enumerate(requests):
                 manager.add_request(one["token_ids"], request_id=str(place), max_new_tokens=one["max_new_tokens"])
             while len(found) < len(requests):
@@ -198,9 +206,9 @@ def main() -> None:
 
 
 def _longest(workloads: dict[str, Requests]) -> int:
-    """Tokens of the longest sequence, prompt and answer, in whole blocks of 256."""
+    """Tokens of the longest sequence, prompt and answer, in whole pages."""
     sequences = (len(one["token_ids"]) + one["max_new_tokens"] for some in workloads.values() for one in some)
-    return -(-max(sequences) // 256) * 256
+    return -(-max(sequences) // PAGE) * PAGE
 
 
 if __name__ == "__main__":
