@@ -92,7 +92,7 @@ def main() -> None:
     plan = make_plan(spec, probe_machine(), read_facts(given.directory))
     loaded = load_model(replace(plan, weights="stock", plain_kernel=False) if given.stock else plan)
     loading = {"load_s": loaded.load_s, "weight_bytes": loaded.weight_bytes, "peak_bytes": loaded.peak_host_bytes}
-    placed = {"load_strategy": plan.load_strategy, "expert_layers_on_gpu": plan.num_expert_layers_on_gpu}
+    placed = {"load_strategy": plan.load_strategy, "expert_layers_on_gpus": plan.expert_layers_on_gpus}
     print(json.dumps({"stock": given.stock, "dtype": plan.dtype} | placed | loading), flush=True)
     from transformers import AutoTokenizer
 

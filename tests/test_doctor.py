@@ -246,6 +246,7 @@ def test_the_machines_of_the_guide_are_recognized(file):
         "cpu-64gb": "no-gpu for Qwen3",
         "gpu-80gb": "max-gpu for Qwen3",
         "rtx4090-laptop-64gb": "min-gpu for Qwen3",
+        "two-24gb-gpus": "max-gpu for Qwen3",
     }
     assert recommend(load_machine(file)).found.startswith(expected[file.stem])
 

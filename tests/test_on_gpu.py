@@ -57,7 +57,7 @@ def test_a_whole_run(strategy: str, on_gpu: int, tmp_path: Path) -> None:
         "generation: {max_new_tokens: 24, ignore_eos: true}\n"
     )
     planned = json.loads(overnight("plan", "job.yaml", "--json", cwd=tmp_path).stdout)
-    assert planned["num_expert_layers_on_gpu"] == on_gpu
+    assert sum(planned["expert_layers_on_gpus"]) == on_gpu
     run = overnight("run", "job.yaml", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]

@@ -16,6 +16,7 @@ from benchmarks.make_checkpoint import make_checkpoint, models
 from pipeline.errors import NotFoundError, SpecError
 from pipeline.facts.checkpoint import open_checkpoint
 from pipeline.facts.model_facts import read_facts
+from pipeline.kernels.packed import PackedWeight
 from pipeline.loading import load_model
 from pipeline.loading.packed import load_packed
 from pipeline.loading.unpack import load_unpacked
@@ -187,7 +188,7 @@ def test_without_a_compiler_the_model_is_the_same(directory: Path, monkeypatch: 
 def test_experts_and_the_rest_lie_where_the_plan_says(directory: Path) -> None:
     """`meta` stands in for a GPU: tensors there have shapes and no values."""
     model, info = load_packed(
-        plan_of(directory, device="meta", plain_kernel=False, num_expert_layers_on_gpu=1), open_checkpoint(directory)
+        plan_of(directory, device="meta", plain_kernel=False, expert_layers_on_gpus=(1,)), open_checkpoint(directory)
     )
     assert not any(info.values())
     places = [
@@ -204,11 +205,33 @@ def test_experts_and_the_rest_lie_where_the_plan_says(directory: Path) -> None:
     assert not any(type(module).__name__ == "QuantizedLinear" for module in model.modules())
 
 
+def test_layers_of_experts_go_one_after_the_other_to_the_gpus_of_the_plan(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stand-in has no numbers, so what is asked of it is written down."""
+    asked: list[torch.device] = []
+
+    def moved(weight: PackedWeight, device: torch.device) -> PackedWeight:
+        asked.append(device)
+        return PackedWeight(weight.codes.to(device), weight.scales.to(device), weight.bits)
+
+    monkeypatch.setattr("pipeline.loading.packed._moved", moved)
+    monkeypatch.setattr("pipeline.loading.packed.dequantize", lambda weight, dtype: weight.codes.to(dtype))
+    plan = plan_of(directory, device="meta:2", plain_kernel=False, expert_layers_on_gpus=(1, 0, 0, 2))
+    model, info = load_packed(plan, open_checkpoint(directory))
+    assert not any(info.values())
+    # Of each layer gate and up, and down; then dense layers, all on the main GPU.
+    num_dense = len(asked) - 6
+    assert [device.index for device in asked] == [0, 0, 3, 3, 3, 3, *[2] * num_dense] and num_dense > 0
+    places = [{one.device.type for one in layer.mlp.experts.buffers()} for layer in model.model.layers]  # type: ignore[union-attr]
+    assert places == [{"meta"}, {"meta"}, {"meta"}, {"cpu"}]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("on_gpu", [0, 2, 4])
 def test_on_a_gpu_the_scores_are_the_same(directory: Path, on_gpu: int) -> None:
     wanted = scores(load_model(plan_of(directory)).model)
-    loaded = load_model(plan_of(directory, device="cuda:0", plain_kernel=False, num_expert_layers_on_gpu=on_gpu))
+    loaded = load_model(plan_of(directory, device="cuda:0", plain_kernel=False, expert_layers_on_gpus=(on_gpu,)))
     with torch.inference_mode():
         found = loaded.model(torch.arange(60, device="cuda:0").view(3, 20)).logits.cpu()
     assert (found - wanted).abs().max() < 1e-3 * wanted.std()

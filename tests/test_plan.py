@@ -27,6 +27,7 @@ LLAMA_8B = LLAMA | {
 LAPTOP = load_machine(Path("examples/machines/rtx4090-laptop-64gb.yaml"))
 DESKTOP = load_machine(Path("examples/machines/cpu-64gb.yaml"))
 SERVER = load_machine(Path("examples/machines/gpu-80gb.yaml"))
+TWO_GPUS = load_machine(Path("examples/machines/two-24gb-gpus.yaml"))
 
 
 def job(*, new_tokens: int = 256, batch: dict[str, Any] | None = None, **model: Any) -> JobSpec:
@@ -86,7 +87,7 @@ JOBS = sorted(Path("jobs").glob("qwen3-next-80b-*.yaml"))
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("where", [LAPTOP, DESKTOP, SERVER], ids=lambda where: where.name)
+@pytest.mark.parametrize("where", [LAPTOP, DESKTOP, SERVER, TWO_GPUS], ids=lambda where: where.name)
 def test_the_flagships_jobs_are_planned_on_the_example_machines(
     path: Path, where: Machine, flagship: ModelFacts
 ) -> None:
@@ -105,13 +106,13 @@ def test_the_flagship_jobs_are_three() -> None:
 def test_min_gpu_puts_all_but_routed_experts_on_the_gpu(flagship: ModelFacts) -> None:
     plan = make_plan(job(load_strategy="min-gpu"), LAPTOP, flagship)
     assert needs(plan, "host").keys() == {"experts", "libraries", "loading"}
-    assert "experts" not in needs(plan, "gpu")
+    assert "experts" not in needs(plan, "cuda:0")
     assert decision(plan, "experts") == (
         "48 in host memory",
         "of all layers; only the hidden states of tokens cross",
     )
-    assert needs(plan, "gpu")["recurrent state"] == (plan.slots + 2) * flagship.state_bytes_per_sequence(2)
-    assert needs(plan, "gpu")["context cache"] == plan.cache_tokens * 24_576
+    assert needs(plan, "cuda:0")["recurrent state"] == (plan.slots + 2) * flagship.state_bytes_per_sequence(2)
+    assert needs(plan, "cuda:0")["context cache"] == plan.cache_tokens * 24_576
     assert plan.device == "cuda:0"
     assert plan.dtype == "bfloat16"
     assert dict(plan.environment)["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
@@ -120,13 +121,15 @@ def test_min_gpu_puts_all_but_routed_experts_on_the_gpu(flagship: ModelFacts) ->
 def test_max_gpu_fills_the_gpu_with_whole_layers_of_experts(flagship: ModelFacts) -> None:
     plan = make_plan(job(load_strategy="max-gpu"), LAPTOP, flagship)
     check(plan)
-    assert 0 < plan.num_expert_layers_on_gpu < 48
+    (on_gpu,) = plan.expert_layers_on_gpus
+    assert 0 < on_gpu < 48
     layer = flagship.part("experts").disk_bytes // 48
-    assert needs(plan, "gpu")["experts"] == plan.num_expert_layers_on_gpu * layer
-    assert needs(plan, "host")["experts"] == (48 - plan.num_expert_layers_on_gpu) * layer
-    assert decision(plan, "experts")[0].startswith(f"{plan.num_expert_layers_on_gpu} on the GPU, ")
+    assert needs(plan, "cuda:0")["experts"] == on_gpu * layer
+    assert needs(plan, "host")["experts"] == (48 - on_gpu) * layer
+    assert decision(plan, "experts")[0] == f"{on_gpu} on the GPU, {48 - on_gpu} in host memory"
+    assert "GPU memory: " in plan.explain()
     whole = make_plan(job(load_strategy="max-gpu"), SERVER, flagship)
-    assert whole.num_expert_layers_on_gpu == 48
+    assert whole.expert_layers_on_gpus == (48,)
     assert "experts" not in needs(whole, "host")
 
 
@@ -215,7 +218,7 @@ def test_caps_of_the_job_bind_and_are_named() -> None:
     with pytest.raises(MachineError, match=r"model\.gpu_memory left out; or model\.load_strategy: no-gpu"):
         make_plan(job(gpu_memory="8GiB"), machine(64, 24), facts())
     capped = make_plan(job(gpu_memory="20GiB"), machine(64, 24), facts())
-    assert {budget.device: budget.allowed_bytes for budget in capped.budgets}["gpu"] == 20 * GIB
+    assert {budget.device: budget.allowed_bytes for budget in capped.budgets}["cuda:0"] == 20 * GIB
     assert capped.slots < make_plan(job(), machine(64, 24), facts()).slots or capped.slots == 64
 
 
@@ -297,7 +300,7 @@ def test_packed_experts_stay_packed_and_what_we_cannot_read_is_loaded_by_transfo
         assert plan.weights == "unpacked" if asked == "no-gpu" else "stock"
     on_gpu = make_plan(job(load_strategy="min-gpu"), machine(64, 24), other)
     assert "they are not symmetric" in decision(on_gpu, "weights")[1]
-    assert "experts" in needs(on_gpu, "gpu")  # whole in one place, as transformers loads it
+    assert "experts" in needs(on_gpu, "cuda:0")  # whole in one place, as transformers loads it
 
 
 def test_stock_loading_of_packed_experts_needs_room_for_a_second_copy(flagship: ModelFacts) -> None:

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.engines.fused import Forward, fused_forwards, keep_faithful
-from pipeline.engines.recorded_steps import RecordedSteps
+from pipeline.engines.recorded_steps import RecordedSteps, can_record
 from pipeline.engines.recurrent import RecurrentStates, is_recurrent, packed_forward
 from pipeline.engines.row_invariant import row_invariant
 from pipeline.engines.slot_cache import NotServedError, SlotCache, Span, Step
@@ -44,7 +44,7 @@ class PackedModel:
         self.device: torch.device = next(self._model.get_input_embeddings().parameters()).device
         self.cache = SlotCache(row_by_row=row_by_row)
         self._row_by_row = row_by_row
-        self._recorded = RecordedSteps(self._compute, self.device) if self.device.type == "cuda" else None
+        self._recorded = RecordedSteps(self._compute, self.device) if can_record(model, self.device) else None
         self._spare_slot = num_slots + 1  # of nobody, for recorded steps; the one before it is that of a kept prefix
         self._states = RecurrentStates(num_slots + (1 if self._recorded is None else 2))
         self._recurrent = [module for module in model.modules() if is_recurrent(module)]

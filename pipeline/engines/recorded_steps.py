@@ -8,6 +8,7 @@ do. A CUDA graph starts them all at once; what changes from step to step lies in
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.engines.slot_cache import Span, Step
@@ -31,8 +32,11 @@ class RecordedSteps:
     """`run` computes the scores [rows, vocabulary] after token ids [rows] at positions [rows] in a step."""
 
     def __init__(self, run: Run, device: torch.device) -> None:
+        import torch
+
         self._run = run
         self._device = device
+        self._aside = torch.cuda.Stream(device)
         self._recordings: dict[int, _Recording] = {}
         self._can_record = True
 
@@ -70,16 +74,26 @@ class RecordedSteps:
             return self._run(token_ids, lengths - 1, Step.of_single_tokens(starts, lengths, slots))
 
         # What is compiled, allocated for good or chosen at first use is so before.
-        aside = torch.cuda.Stream(self._device)
-        aside.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(aside):
+        self._aside.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._aside):
             run()
-        torch.cuda.current_stream(self._device).wait_stream(aside)
+        torch.cuda.current_stream(self._device).wait_stream(self._aside)
         graph = torch.cuda.CUDAGraph()
         shared = next((one.graph.pool() for one in self._recordings.values()), None)
-        with torch.cuda.graph(graph, pool=shared):
+        # torch's own choice is a stream of the first GPU, which need not be the model's.
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=shared, stream=self._aside):
             scores = run()
         return _Recording(graph, table, scores)
+
+
+def can_record(model: torch.nn.Module, device: torch.device) -> bool:
+    """Whether all that a step of the model does is done in the order of one GPU's stream, which a recording replays.
+
+    Not where experts lie in host memory or on another GPU, or are read from disk: these compute in an order of theirs.
+    """
+    if device.type != "cuda" or any(hasattr(module, "reads_for_every_pass") for module in model.modules()):
+        return False
+    return all(tensor.device == device for tensor in chain(model.parameters(), model.buffers()))
 
 
 def _table(token_ids: Sequence[int], spans: Sequence[Span]) -> torch.Tensor:

@@ -70,15 +70,15 @@ def load_model(plan: Plan, *, show_progress: bool = False, report: Callable[[str
         model, info = _LOADERS[plan.weights](plan, checkpoint, show_progress, report)
         _check_complete(checkpoint.directory, info)
         use_plain_kernel(plan, model)
-    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
-    on_gpu = plan.device.startswith("cuda")
+    tensors = [*model.parameters(), *model.buffers()]
+    gpus = {tensor.device for tensor in tensors if tensor.is_cuda}
     return LoadedModel(
         model=model.eval(),
         device=plan.device,
         load_s=time.monotonic() - started,
-        weight_bytes=sum(tensors.values()),
+        weight_bytes=sum({(tensor.device, tensor.data_ptr()): tensor.nbytes for tensor in tensors}.values()),
         peak_host_bytes=_peak_host_bytes(),
-        peak_gpu_bytes=torch.cuda.max_memory_allocated(plan.device) if on_gpu else 0,
+        peak_gpu_bytes=sum(map(torch.cuda.max_memory_allocated, gpus)),
     )
 
 

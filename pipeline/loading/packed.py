@@ -129,9 +129,12 @@ class _Loading:
         self._plan, self._model, self._source = plan, model, source
         self._int8 = plan.activation == "int8"
         self._device = torch.device(plan.device)
+        numbered = enumerate(plan.expert_layers_on_gpus)
+        # The first layers' experts: one GPU after the other.
+        self._gpus = [torch.device(self._device.type, gpu) for gpu, layers in numbered for _ in range(layers)]
         self._stream = ExpertStream()
         self._unpack: dict[str, PackedWeight] = {}
-        self._for_gpu: dict[str, Any] = {}
+        self._for_gpus: dict[str, tuple[Any, torch.device]] = {}
 
     def put_plain_in_blocks(self) -> None:
         """Layers that are not packed, one by one and before all else: changing their form takes twice their room.
@@ -185,15 +188,15 @@ class _Loading:
         if self._is_streamed(place, num_layers):
             layer = self._source.layer(name, module)
             self._model.set_submodule(name, StreamedExperts(self._stream, self._stream.add(layer), int8=self._int8))
-        elif self._device.type != "cpu" and place < self._plan.num_expert_layers_on_gpu:
-            self._for_gpu[name] = module
+        elif place < len(self._gpus):
+            self._for_gpus[name] = module, self._gpus[place]
         else:
             self._model.set_submodule(name, QuantizedExperts(*self._source.experts(name, module), int8=self._int8))
 
     def _is_streamed(self, place: int, num_layers: int) -> bool:
         """Streamed layers are spread evenly over those that are not on a GPU: reading has the time of the others."""
-        streamed, on_gpu = self._plan.num_streamed_layers, self._plan.num_expert_layers_on_gpu
-        host, at = num_layers - on_gpu, place - on_gpu
+        streamed, on_gpus = self._plan.num_streamed_layers, len(self._gpus)
+        host, at = num_layers - on_gpus, place - on_gpus
         return at >= 0 and (at + 1) * streamed // host > at * streamed // host
 
     def make_room(self) -> None:
@@ -201,7 +204,7 @@ class _Loading:
         from torch import nn
 
         self._model.tie_weights()
-        later = tuple(f"{name}." for name in self._for_gpu)
+        later = tuple(f"{name}." for name in self._for_gpus)
         for name, parameter in list(self._model.named_parameters()):
             if name.startswith(later):
                 continue
@@ -212,28 +215,28 @@ class _Loading:
         self._model.tie_weights()
 
     def finish(self, progress: Callable[[int], object]) -> None:
-        """Bring everything to its device; experts for a GPU layer by layer, so that the host never holds them all."""
+        """Bring everything to its device; experts for GPUs layer by layer, so that the host never holds them all."""
         if self._device.type == "cpu":
             return
         from torch import nn
 
         from pipeline.loading.packed_modules import QuantizedExperts
 
-        on_host = {name for name, module in self._model.named_modules() if isinstance(module, QuantizedExperts)}
-        for name, module in self._for_gpu.items():
-            weights = self._source.experts(name, module)
+        for name, (module, gpu) in self._for_gpus.items():
+            gate_up, down = self._source.experts(name, module)
             self._source.fill(progress)
-            self._model.set_submodule(name, QuantizedExperts(*map(self._on_device, weights)))
+            self._model.set_submodule(name, QuantizedExperts(_moved(gate_up, gpu), _moved(down, gpu)))
         for name, weight in self._unpack.items():
-            unpacked = dequantize(self._on_device(weight), self._model.dtype)
+            unpacked = dequantize(_moved(weight, self._device), self._model.dtype)
             self._model.get_submodule(name).weight = nn.Parameter(unpacked, requires_grad=False)
-        for name, module in self._model.named_modules():
-            if name not in on_host:
+        for module in self._model.modules():
+            if not isinstance(module, QuantizedExperts):  # which lie where they are to stay
                 _move_own(module, self._device)
         self._model.tie_weights()
 
-    def _on_device(self, weight: PackedWeight) -> PackedWeight:
-        return PackedWeight(weight.codes.to(self._device), weight.scales.to(self._device), weight.bits)
+
+def _moved(weight: PackedWeight, device: torch.device) -> PackedWeight:
+    return PackedWeight(weight.codes.to(device), weight.scales.to(device), weight.bits)
 
 
 def _move_own(module: Any, device: torch.device) -> None:

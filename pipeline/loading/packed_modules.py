@@ -98,6 +98,8 @@ class QuantizedExperts(nn.Module):
 class StreamedExperts(nn.Module):
     """The same with weights that are read anew for every pass, all tokens of which pay for it together."""
 
+    reads_for_every_pass = True
+
     def __init__(self, stream: ExpertStream, place: int, *, int8: bool = False) -> None:
         super().__init__()
         self._stream, self._place, self._int8 = stream, place, int8

@@ -7,19 +7,22 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from pipeline.facts.model_facts import EXPERTS, ModelFacts, Part
+from pipeline.plan.streaming import WIDE_STEP_TOKENS
 
-Device: TypeAlias = Literal["host", "gpu"]
+Device: TypeAlias = str  # "host", or a GPU by torch's name: "cuda:0"
 LoadStrategy: TypeAlias = Literal["no-gpu", "min-gpu", "max-gpu"]
 # How weights are loaded and lie: by transformers as stored; by us, packed as stored; by us, quantized ones made plain.
 Form: TypeAlias = Literal["stock", "packed", "unpacked"]
 
 MAX_SLOTS = 256  # beyond this a step gains little: the products of matrices are near their peak
 # Beside those of the slots, for recurrent layers: of what prompts begin with alike; and, on a GPU, of nobody's rows.
-KEPT_STATES = {"host": 1, "gpu": 2}
+_KEPT_STATES, _KEPT_STATES_ON_GPU = 1, 2
+HOST: Device = "host"
 _MIB = 1 << 20
 # Measured on Linux: the interpreter with torch and transformers imported; the CUDA libraries and the context on top.
-_RUNTIME_BYTES = {"host": 700 * _MIB, "gpu": 600 * _MIB}
+_RUNTIME_BYTES = 700 * _MIB
 _CUDA_HOST_BYTES = 2048 * _MIB
+_CUDA_BYTES = 600 * _MIB  # of each GPU that is used
 # Measured peaks of a prefill (a Llama and a Qwen3-Next, 2 to 16 rows of 256 to 1024 tokens) are 1.8 to 2.1 times what
 # is alive in the widest layer at once: what a layer frees is not given back in time for the next.
 _WORK_FACTOR = 2
@@ -42,17 +45,38 @@ class Placement:
     strategy: LoadStrategy
     value_bytes: int  # of an unquantized number: 2 or 4
     form: Form = "stock"
-    num_expert_layers_on_gpu: int = 0  # with another form than packed experts are where all the rest is
+    main_gpu: int = 0  # with no-gpu none is used
+    expert_layers_on_gpus: tuple[int, ...] = ()  # for each GPU; but for packed ones, experts are where all the rest is
     num_streamed_layers: int = 0  # of which the experts are read from disk for every pass
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether everything but routed experts is computed on a GPU."""
+        return self.strategy != "no-gpu"
 
     @property
     def device(self) -> Device:
         """Where everything but routed experts is computed, and the cache lies."""
-        return "host" if self.strategy == "no-gpu" else "gpu"
+        return gpu_device(self.main_gpu) if self.on_gpu else HOST
+
+    @property
+    def helping_gpus(self) -> list[int]:
+        """GPUs that hold experts and nothing else."""
+        return [gpu for gpu, layers in enumerate(self.expert_layers_on_gpus) if layers and gpu != self.main_gpu]
+
+    @property
+    def gpus(self) -> list[int]:
+        """All GPUs that are used."""
+        return sorted([self.main_gpu, *self.helping_gpus]) if self.on_gpu else []
+
+    @property
+    def num_expert_layers_on_gpus(self) -> int:
+        """Layers whose experts lie on any GPU."""
+        return sum(self.expert_layers_on_gpus)
 
     def bytes_of(self, part: Part) -> int:
         """What a part takes. On a GPU our loader keeps only experts packed: all else is small there and often used."""
-        plain = self.form == "unpacked" or (self.form == "packed" and self.device == "gpu" and part.name != EXPERTS)
+        plain = self.form == "unpacked" or (self.form == "packed" and self.on_gpu and part.name != EXPERTS)
         return part.num_bytes(self.value_bytes, unpacked=plain)
 
 
@@ -79,38 +103,41 @@ class Need:
     num_bytes: int
 
 
+def gpu_device(gpu: int) -> Device:
+    """A GPU by its number."""
+    return f"cuda:{gpu}"
+
+
 def weight_needs(facts: ModelFacts, placement: Placement) -> list[Need]:
-    """The model's parts, each where the placement puts it; experts may lie on both devices, by whole layers."""
+    """The model's parts, each where the placement puts it; experts may lie on several devices, by whole layers."""
     needs: list[Need] = []
     for part in facts.loaded_parts:
         if part.name == EXPERTS and placement.form == "packed":
             needs += _expert_needs(facts, placement)
         else:
             needs.append(Need(placement.device, part.name, placement.bytes_of(part)))
-    needs.append(Need("host", _LOADING, _loading_bytes(facts, placement)))
-    needs.append(
-        Need("host", _LIBRARIES, _RUNTIME_BYTES["host"] + (_CUDA_HOST_BYTES if placement.device == "gpu" else 0))
-    )
-    if placement.device == "gpu":
-        needs.append(Need("gpu", _LIBRARIES, _RUNTIME_BYTES["gpu"]))
+    needs.append(Need(HOST, _LOADING, _loading_bytes(facts, placement)))
+    needs.append(Need(HOST, _LIBRARIES, _RUNTIME_BYTES + (_CUDA_HOST_BYTES if placement.on_gpu else 0)))
+    needs += [Need(gpu_device(gpu), _LIBRARIES, _CUDA_BYTES) for gpu in placement.gpus]
     return [need for need in needs if need.num_bytes]
 
 
 def _expert_needs(facts: ModelFacts, placement: Placement) -> Iterator[Need]:
     one, num_layers = expert_layer_bytes(facts, placement), len(facts.architecture.sparse_layers)
-    on_gpu, streamed = placement.num_expert_layers_on_gpu, placement.num_streamed_layers
-    yield Need("gpu", EXPERTS, on_gpu * one)
-    yield Need("host", EXPERTS, (num_layers - on_gpu - streamed) * one)
-    yield Need("host", _BEING_READ, min(streamed, STREAM_BUFFERS) * one)
+    for gpu, layers in enumerate(placement.expert_layers_on_gpus):
+        yield Need(gpu_device(gpu), EXPERTS, layers * one)
+    streamed = placement.num_streamed_layers
+    yield Need(HOST, EXPERTS, (num_layers - placement.num_expert_layers_on_gpus - streamed) * one)
+    yield Need(HOST, _BEING_READ, min(streamed, STREAM_BUFFERS) * one)
 
 
 def _loading_bytes(facts: ModelFacts, placement: Placement) -> int:
     """Host memory that only loading needs."""
     if placement.form == "packed":
         staging = _STAGING_BYTES
-        if placement.device == "gpu":  # what is unpacked there comes packed
+        if placement.on_gpu:  # what is unpacked there comes packed
             staging += sum(part.packed_bytes for part in facts.loaded_parts if part.name != EXPERTS)
-        if placement.num_expert_layers_on_gpu:
+        if placement.num_expert_layers_on_gpus:
             staging += expert_layer_bytes(facts, placement)
         return staging
     stock_experts = placement.form == "stock" and facts.part(EXPERTS).packed_parameters
@@ -121,13 +148,18 @@ def batch_needs(
     facts: ModelFacts, placement: Placement, workload: Workload, slots: int, cache_tokens: int
 ) -> list[Need]:
     """What `slots` sequences with `cache_tokens` tokens of context between them need while they are computed."""
+    states = slots + (_KEPT_STATES_ON_GPU if placement.on_gpu else _KEPT_STATES)
     work = cache_tokens * _work_bytes_per_token(facts, placement, workload) + slots * _logit_bytes(facts)
     needs = {
         _CACHE: cache_tokens * facts.kv_bytes_per_token(placement.value_bytes),
-        _STATE: (slots + KEPT_STATES[placement.device]) * facts.state_bytes_per_sequence(placement.value_bytes),
+        _STATE: states * facts.state_bytes_per_sequence(placement.value_bytes),
         _WORK: work,
     }
-    return [Need(placement.device, part, num_bytes) for part, num_bytes in needs.items() if num_bytes]
+    elsewhere = max(slots, WIDE_STEP_TOKENS) * _expert_work_bytes_per_token(facts, placement)
+    return [
+        *(Need(placement.device, part, num_bytes) for part, num_bytes in needs.items() if num_bytes),
+        *(Need(gpu_device(gpu), _WORK, elsewhere) for gpu in placement.helping_gpus),
+    ]
 
 
 def total(needs: Iterable[Need], device: Device) -> int:
@@ -169,6 +201,17 @@ def _logit_bytes(facts: ModelFacts) -> int:
 def _work_bytes_per_token(facts: ModelFacts, placement: Placement, workload: Workload) -> int:
     """Activations of the widest layer, per token of context; only a prompt's tokens are computed at the same time."""
     return _WORK_FACTOR * sum(_widths(facts, placement)) * workload.prompt_tokens // max(1, workload.tokens)
+
+
+def _expert_work_bytes_per_token(facts: ModelFacts, placement: Placement) -> int:
+    """What a token of a step takes where only experts are computed.
+
+    It as it came, sorted for the kernel, and answered, in float32 too; and for each of its experts what is between the
+    two products, and the answer.
+    """
+    shape = facts.architecture
+    each = (shape.expert_size + shape.hidden_size) * placement.value_bytes
+    return _WORK_FACTOR * (shape.hidden_size * (3 * placement.value_bytes + 4) + shape.num_experts_per_token * each)
 
 
 def _widths(facts: ModelFacts, placement: Placement) -> Iterator[int]:

@@ -11,6 +11,7 @@ from pipeline.errors import Problem
 from pipeline.facts.model_facts import ModelFacts
 from pipeline.machine import Machine
 from pipeline.plan.budget import (
+    HOST,
     MAX_SLOTS,
     Device,
     Form,
@@ -21,6 +22,7 @@ from pipeline.plan.budget import (
     allowed_bytes,
     batch_needs,
     expert_layer_bytes,
+    gpu_device,
     slots_that_fit,
     tokens_that_fit,
     total,
@@ -34,8 +36,8 @@ _VALUE_BYTES: dict[DType, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 _STRATEGIES: tuple[LoadStrategy, ...] = ("max-gpu", "min-gpu", "no-gpu")
 _UNPACK_SHARE = 2  # unpacked weights may take one part in so many of the memory
 _SLOTS_BEFORE_EXPERTS = 64  # with max-gpu; more sequences take only what whole layers of experts leave
+_LEAST_WITH_BF16 = (8, 0)  # CUDA compute capability
 _FEWEST_NEW_TOKENS = 16  # shorter answers are no remedy
-PLACES: dict[Device, str] = {"host": "host memory", "gpu": "GPU memory"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +80,27 @@ class Placer:
     workload: Workload
 
     @property
-    def gpu(self) -> int:
-        """The GPU with most memory free."""
+    def main_gpu(self) -> int:
+        """The GPU with most memory free: all but routed experts is there, where anything is on a GPU."""
         gpus = self.machine.gpus
-        return max(range(len(gpus)), key=lambda index: gpus[index].free_bytes)
+        return max(range(len(gpus)), key=lambda index: gpus[index].free_bytes, default=0)
+
+    def helping_gpus(self) -> list[int]:
+        """The other GPUs that compute what the main one does, the emptiest first."""
+        gpus = self.machine.gpus
+        others = [gpu for gpu in range(len(gpus)) if gpu != self.main_gpu and gpu not in self.too_old_gpus()]
+        return sorted(others, key=lambda index: -gpus[index].free_bytes)
+
+    def too_old_gpus(self) -> list[int]:
+        """GPUs that do not compute bfloat16, where the main one does."""
+        gpus = self.machine.gpus
+        old = [index for index, gpu in enumerate(gpus) if gpu.capability < _LEAST_WITH_BF16]
+        return [] if self.main_gpu in old else old
 
     def dtype(self, strategy: LoadStrategy) -> tuple[DType, str]:
         """In what the model computes, and why."""
         if strategy != "no-gpu":
-            if self.machine.gpus[self.gpu].capability >= (8, 0):
+            if self.machine.gpus[self.main_gpu].capability >= _LEAST_WITH_BF16:
                 return "bfloat16", "half the memory of float32, and this GPU computes it"
             return "float16", "this GPU is older than bfloat16"
         if self.machine.has_cpu_bf16:
@@ -99,7 +113,9 @@ class Placer:
         Packed experts are spread over the places there are. Other packed weights are unpacked on a CPU where memory
         allows; what transformers loads lies in one place.
         """
-        fit = self._fit(Placement(strategy, _VALUE_BYTES[self.dtype(strategy)[0]], self._form(strategy)))
+        value_bytes = _VALUE_BYTES[self.dtype(strategy)[0]]
+        nothing_yet = (0,) * len(self.machine.gpus)
+        fit = self._fit(Placement(strategy, value_bytes, self._form(strategy), self.main_gpu, nothing_yet))
         if fit.placement.form == "packed" and self.facts.architecture.num_experts:
             return self._spread(fit)
         # Our own reader of packed weights knows no code but transformers' own.
@@ -117,7 +133,7 @@ class Placer:
         return "packed" if self.facts.architecture.num_experts or strategy == "no-gpu" else "stock"
 
     def _spread(self, fit: Fit) -> Fit:
-        """Packed experts by whole layers: on the GPU if asked, in host memory, on disk where that is too small.
+        """Packed experts by whole layers: on GPUs if asked, in host memory, on disk where that is too small.
 
         A batch of up to half the room that the other weights leave comes first, since sequences decoded together
         bring more than experts at hand.
@@ -125,16 +141,34 @@ class Placer:
         placement, num_layers = fit.placement, len(self.facts.architecture.sparse_layers)
         one = expert_layer_bytes(self.facts, placement)
         if placement.strategy == "max-gpu":
-            on_gpu = min(num_layers, self._room(placement, "gpu", _SLOTS_BEFORE_EXPERTS) // one)
-            fit = self._fit(replace(placement, num_expert_layers_on_gpu=on_gpu))
-            num_layers -= on_gpu
-        if "host" in {budget.device for budget in fit.short} and num_layers:
+            fit = self._fit(replace(placement, expert_layers_on_gpus=self._layers_on_gpus(placement, one)))
+            num_layers -= fit.placement.num_expert_layers_on_gpus
+        if HOST in {budget.device for budget in fit.short} and num_layers:
             streamed = replace(fit.placement, num_streamed_layers=num_layers)
-            kept = min(num_layers - 1, self._room(streamed, "host", MAX_SLOTS) // one)
+            kept = min(num_layers - 1, self._room(streamed, HOST, MAX_SLOTS) // one)
             spilled = self._fit(replace(streamed, num_streamed_layers=num_layers - kept))
             if not spilled.short:
                 return spilled
         return fit
+
+    def _layers_on_gpus(self, placement: Placement, one: int) -> tuple[int, ...]:
+        """How many layers of `one` byte count each GPU takes: the main one all of them beside a batch if it can.
+
+        Otherwise the others come first: hidden states cross anyway, and what they take leaves room to the batch.
+        """
+        left, layers = len(self.facts.architecture.sparse_layers), [0] * len(self.machine.gpus)
+        on_main = min(left, self._room(placement, placement.device, _SLOTS_BEFORE_EXPERTS) // one)
+        for gpu in self.helping_gpus() if on_main < left else ():
+            layers[gpu] = min(left, self._most_layers(placement, gpu, one))
+            left -= layers[gpu]
+        layers[placement.main_gpu] = min(left, on_main)
+        return tuple(layers)
+
+    def _most_layers(self, placement: Placement, gpu: int, one: int) -> int:
+        """Layers of experts that a GPU holds which has nothing else to do."""
+        first = tuple(int(each == gpu) for each in range(len(self.machine.gpus)))
+        budget = self._fit(replace(placement, expert_layers_on_gpus=first)).budget(gpu_device(gpu))
+        return max(0, 1 + (budget.allowed_bytes - budget.needed_bytes) // one)
 
     def _room(self, placement: Placement, device: Device, most_slots: int) -> int:
         """Bytes left of a device beside the weights and half the batch that would fit, or one of so many slots."""
@@ -153,7 +187,7 @@ class Placer:
         """
         if self.spec.generation.deterministic:
             return self.machine.memory_total_bytes // _UNPACK_SHARE
-        return fit.budget("host").allowed_bytes // _UNPACK_SHARE
+        return fit.budget(HOST).allowed_bytes // _UNPACK_SHARE
 
     def _fit(self, placement: Placement, share: int = 1, most_slots: int = MAX_SLOTS) -> Fit:
         """Slots and cache for a placement: as asked, or as many as help and fit one part in `share` of what is left.
@@ -162,8 +196,7 @@ class Placer:
         """
         facts, workload, batch = self.facts, self.workload, self.spec.batch
         needs = weight_needs(facts, placement)
-        devices: list[Device] = ["host"] if placement.device == "host" else ["host", "gpu"]
-        allowed: dict[Device, int] = {device: self._allowed(device) for device in devices}
+        allowed = {HOST: self._allowed_in_host()} | {gpu_device(gpu): self._allowed_on(gpu) for gpu in placement.gpus}
         left = (allowed[placement.device] - total(needs, placement.device)) // share
         slots, cache_tokens = batch.slots, batch.cache_tokens
         if slots == "auto":
@@ -181,20 +214,20 @@ class Placer:
         ]
         return Fit(placement, slots, cache_tokens, tuple(budgets))
 
-    def _allowed(self, device: Device) -> int:
-        machine, model = self.machine, self.spec.model
-        if device == "host":
-            return allowed_bytes(machine.usable_memory_bytes, machine.memory_total_bytes, model.cpu_memory)
-        gpu = machine.gpus[self.gpu]
-        return allowed_bytes(gpu.free_bytes, gpu.total_bytes, model.gpu_memory)
+    def _allowed_in_host(self) -> int:
+        machine = self.machine
+        return allowed_bytes(machine.usable_memory_bytes, machine.memory_total_bytes, self.spec.model.cpu_memory)
+
+    def _allowed_on(self, gpu: int) -> int:
+        card = self.machine.gpus[gpu]
+        return allowed_bytes(card.free_bytes, card.total_bytes, self.spec.model.gpu_memory)
 
     def shortage(self, fit: Fit) -> Iterator[Problem]:
         """What is short, by part, and what to change: the nearest plans that fit."""
         for budget in fit.short:
             parts = ", ".join(f"{need.part} {show_bytes(need.num_bytes)}" for need in budget.needs)
-            message = (
-                f"{fit.placement.strategy} needs {show_bytes(budget.needed_bytes)} of {PLACES[budget.device]} ({parts})"
-            )
+            place = memory_of(budget.device, len(self.machine.gpus))
+            message = f"{fit.placement.strategy} needs {show_bytes(budget.needed_bytes)} of {place} ({parts})"
             yield Problem(f"{message}; {show_bytes(budget.allowed_bytes)} may be used", field="model.load_strategy")
         remedies = list(dict.fromkeys(self._remedies(fit)))
         if remedies:
@@ -230,7 +263,7 @@ class Placer:
     def _reserves_in_the_way(self, fit: Fit) -> Iterator[str]:
         """What to allow where only the reserve for other programs is too large, on a machine that they have filled."""
         for budget in fit.short:
-            key = "cpu_memory" if budget.device == "host" else "gpu_memory"
+            key = "cpu_memory" if budget.device == HOST else "gpu_memory"
             mebibytes = -(-budget.needed_bytes // 2**20)
             model = self.spec.model.model_copy(update={key: mebibytes * 2**20})
             if (
@@ -255,10 +288,17 @@ class Placer:
     def _least(self) -> str:
         """The smallest machine that a plan needs, for one typical sequence."""
         fit = self._with(batch=BatchSpec(slots=1)).place("no-gpu")
-        return f"{show_bytes(fit.budget('host').needed_bytes)} of {PLACES['host']} with no-gpu"
+        return f"{show_bytes(fit.budget(HOST).needed_bytes)} of {memory_of(HOST)} with no-gpu"
 
     def _with(self, **changes: object) -> Placer:
         return replace(self, spec=self.spec.model_copy(update=changes))
+
+
+def memory_of(device: Device, num_gpus: int = 1) -> str:
+    """A device's memory for people; of several GPUs its number says which."""
+    if device == HOST:
+        return "host memory"
+    return "GPU memory" if num_gpus == 1 else f"memory of GPU {device.partition(':')[2]}"
 
 
 def show_bytes(num_bytes: int) -> str:

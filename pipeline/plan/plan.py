@@ -10,7 +10,8 @@ from pipeline.errors import MachineError, Problem, SpecError
 from pipeline.facts.model_facts import ModelFacts
 from pipeline.machine import Machine
 from pipeline.plan.budget import MAX_SLOTS, Form, LoadStrategy, Placement, Workload, expert_layer_bytes
-from pipeline.plan.placement import PLACES, Budget, DType, Fit, Placer, show_bytes
+from pipeline.plan.expert_places import tell_experts
+from pipeline.plan.placement import Budget, DType, Fit, Placer, memory_of, show_bytes
 from pipeline.plan.repack_cache import RepackCache, choose_repack_cache
 from pipeline.plan.streaming import ASSUMED_BYTES_PER_S, STEP_TOKENS, WIDE_STEP_TOKENS, Streaming
 from pipeline.spec.keys import JobSpec
@@ -48,7 +49,7 @@ class Plan:
     asked_strategy: LoadStrategy
     load_strategy: LoadStrategy  # what runs
     device: str  # where prompts enter: cpu, cuda:0
-    num_expert_layers_on_gpu: int  # the other layers' routed experts are in host memory ...
+    expert_layers_on_gpus: tuple[int, ...]  # for each GPU; the other layers' routed experts are in host memory ...
     num_streamed_layers: int  # ... but for those of so many layers, which are read from disk for every pass ...
     streaming: Streaming | None  # ... and what that takes
     step_tokens: int  # of prompts and answers that are computed together
@@ -73,7 +74,8 @@ class Plan:
         lines += [f"  {made.name:{names}}  {made.value:{values}}  {made.reason}" for made in self.decisions]
         for budget in self.budgets:
             used, allowed = show_bytes(budget.needed_bytes), show_bytes(budget.allowed_bytes)
-            lines.append(f"{PLACES[budget.device]}: {used} of the {allowed} that may be used")
+            place = memory_of(budget.device, len(self.expert_layers_on_gpus))
+            lines.append(f"{place}: {used} of the {allowed} that may be used")
             lines += [f"  {need.part:{names}}  {show_bytes(need.num_bytes)}" for need in budget.needs]
         return "\n".join(lines)
 
@@ -110,8 +112,9 @@ def make_plan(
     placement = fit.placement
     _check_activation(spec, facts, placement)
     streaming = _streaming(machine, facts, placement)
+    where_experts = tell_experts(placer, placement, streaming)
     repack_cache, why_repack_cache = choose_repack_cache(spec.model.repack_cache, facts, placement)
-    device = "cpu" if placement.device == "host" else f"cuda:{placer.gpu}"
+    device = placement.device if placement.on_gpu else "cpu"
     dtype, why_dtype = placer.dtype(strategy)
     plain_kernel = device == "cpu" and (dtype == "float32" or spec.generation.deterministic)
     num_threads, why_threads = _threads(machine)
@@ -124,7 +127,7 @@ def make_plan(
         _products(dtype, plain_kernel=plain_kernel),
         *_activation(spec),
         _weights(placer, fit),
-        *_experts(placer, placement, streaming),
+        *([Decision("experts", *where_experts)] if where_experts else []),
         *([Decision("repacked weights", *why_repack_cache)] if why_repack_cache else []),
         *_deterministic(spec),
         Decision("threads", str(num_threads), why_threads),
@@ -141,7 +144,7 @@ def make_plan(
         asked_strategy=spec.model.load_strategy,
         load_strategy=strategy,
         device=device,
-        num_expert_layers_on_gpu=placement.num_expert_layers_on_gpu,
+        expert_layers_on_gpus=placement.expert_layers_on_gpus,
         num_streamed_layers=placement.num_streamed_layers,
         streaming=streaming,
         step_tokens=WIDE_STEP_TOKENS if streaming or device != "cpu" else STEP_TOKENS,
@@ -162,7 +165,7 @@ def make_plan(
             ("parameters", str(facts.num_parameters)),
             ("bytes on disk", str(facts.disk_bytes)),
             ("load strategy", strategy),
-            ("experts on the GPU", str(placement.num_expert_layers_on_gpu)),
+            ("experts on the GPU", " ".join(map(str, placement.expert_layers_on_gpus)) or "0"),
             ("experts on disk", str(placement.num_streamed_layers)),
             ("dtype", dtype),
             ("weights", placement.form),
@@ -184,7 +187,7 @@ def _echo_plan(spec: JobSpec, machine: Machine) -> Plan:
         asked_strategy=spec.model.load_strategy,
         load_strategy="no-gpu",
         device="cpu",
-        num_expert_layers_on_gpu=0,
+        expert_layers_on_gpus=(),
         num_streamed_layers=0,
         streaming=None,
         step_tokens=STEP_TOKENS,
@@ -285,12 +288,12 @@ def _title(machine: Machine, facts: ModelFacts) -> str:
 
 
 def _why_device(placer: Placer, placement: Placement) -> str:
-    if placement.device == "host":
+    if not placement.on_gpu:
         return "the model is in host memory" + ("; see experts" if placement.num_streamed_layers else ", all of it")
-    gpu, shape = placer.machine.gpus[placer.gpu], placer.facts.architecture
+    gpu, shape = placer.machine.gpus[placement.main_gpu], placer.facts.architecture
     if not shape.num_experts:
         return f"the whole model is on the {gpu.name}"
-    if placement.form != "packed" or placement.num_expert_layers_on_gpu == len(shape.sparse_layers):
+    if placement.form != "packed" or placement.expert_layers_on_gpus[placement.main_gpu] == len(shape.sparse_layers):
         return f"the whole model is on the {gpu.name}"
     return f"everything but routed experts is on the {gpu.name}; see experts"
 
@@ -305,7 +308,7 @@ def _weights(placer: Placer, fit: Fit) -> Decision:
         )
     if form == "stock":
         why = facts.packed_fault or "the job trusts the model's own code"
-        if fit.placement.device == "gpu" and facts.can_pack and not facts.architecture.num_experts:
+        if fit.placement.on_gpu and facts.can_pack and not facts.architecture.num_experts:
             why = "the kernels of a GPU compute on packed weights"
         return Decision("weights", form, f"transformers and auto-round load them: {why}")
     if facts.architecture.num_experts:
@@ -331,31 +334,13 @@ def _streaming(machine: Machine, facts: ModelFacts, placement: Placement) -> Str
     return Streaming(per_pass, facts.disk_bytes - per_pass, speed or ASSUMED_BYTES_PER_S, speed is not None)
 
 
-def _experts(placer: Placer, placement: Placement, streaming: Streaming | None) -> Iterator[Decision]:
-    """Where the routed experts lie, if not all with the rest."""
-    on_gpu, streamed = placement.num_expert_layers_on_gpu, placement.num_streamed_layers
-    num_layers = len(placer.facts.architecture.sparse_layers)
-    if placement.form != "packed" or not num_layers or (placement.device == "host" and not streamed):
-        return
-    places = {"on the GPU": on_gpu, "in host memory": num_layers - on_gpu - streamed, "on disk": streamed}
-    value = ", ".join(f"{count} {place}" for place, count in places.items() if count)
-    reason = "of all layers; only the hidden states of tokens cross" if placement.device == "gpu" else "of all layers"
-    if streaming is not None:
-        measured = "of this disk" if streaming.is_measured else "(assumed; no disk was measured)"
-        reason += (
-            f"; memory is short, so every step of the batch reads {show_bytes(streaming.bytes_per_pass)} from the "
-            f"model's files: at the {streaming.bytes_per_s / 1e9:.2f} GB/s {measured} about {streaming.pass_s:.0f} s a "
-            "token of each sequence"
-        )
-    yield Decision("experts", value, reason)
-
-
 def _why_slots(placer: Placer, fit: Fit) -> str:
     if placer.spec.batch.slots != "auto":
         return "as asked; they fit"
     if fit.slots == MAX_SLOTS:
         return "beyond so many a step gains little; memory would hold them"
-    return f"what the {PLACES[fit.placement.device]} left by the weights holds"
+    place = memory_of(fit.placement.device, len(placer.machine.gpus))
+    return f"what the {place} left by the weights holds"
 
 
 def _why_cache(placer: Placer, fit: Fit) -> str:
@@ -392,7 +377,7 @@ def _environment(num_threads: int, placement: Placement) -> Iterator[Decision]:
     yield Decision(
         "TOKENIZERS_PARALLELISM", "false", "prompts are encoded one by one beside the model, which has the cores"
     )
-    if placement.device == "gpu":
+    if placement.on_gpu:
         reason = "batches change size all the time; fixed segments would leave gaps that no tensor fits"
         yield Decision("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True", reason)
 

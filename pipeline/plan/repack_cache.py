@@ -28,7 +28,7 @@ def choose_repack_cache(
     asked: str, facts: ModelFacts, placement: Placement
 ) -> tuple[RepackCache | None, tuple[str, str] | None]:
     """The cache, and what to say of it: value and reason; nothing where weights are not packed for a CPU anyway."""
-    if placement.form != "packed" or placement.device != "host":
+    if placement.form != "packed" or placement.on_gpu:
         return None, None
     num_bytes = sum(map(placement.bytes_of, facts.loaded_parts))
     size = show_bytes(num_bytes)

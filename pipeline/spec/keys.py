@@ -123,10 +123,10 @@ class ModelSpec(Section):
     load_strategy: Literal["no-gpu", "min-gpu", "max-gpu"] = Field(
         default="min-gpu",
         description="no-gpu: all in host memory. min-gpu: everything but routed experts on the GPU. "
-        "max-gpu: as many whole layers on the GPU as fit.",
+        "max-gpu: as many whole layers on the GPUs as fit.",
     )
     gpu_memory: Size | None = Field(
-        default=None, description="Most GPU memory to use; null: what is free, less a reserve."
+        default=None, description="Most memory of each GPU to use; null: what is free, less a reserve."
     )
     cpu_memory: Size | None = Field(
         default=None, description="Most host memory to use; null: what is free, less a reserve."

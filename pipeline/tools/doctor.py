@@ -114,23 +114,26 @@ class _Guide(NamedTuple):
 
     name: str
     strategy: str
-    gpu_bytes: float
+    gpu_bytes: float  # of the largest
+    gpus_bytes: float  # of all together
     memory_bytes: float
 
 
 _GUIDES = (
-    _Guide("the machine with an 80 GB GPU", "max-gpu", 60e9, 24e9),
-    _Guide("the laptop with a 16 GB GPU and 64 GB of memory", "min-gpu", 14e9, _FLAGSHIP_BYTES + 3e9),
-    _Guide("the machine without a GPU and with 64 GB of memory", "no-gpu", 0, _FLAGSHIP_BYTES + 6e9),
+    _Guide("the machine with an 80 GB GPU", "max-gpu", 60e9, 60e9, 24e9),
+    _Guide("the desktop with two 24 GB GPUs", "max-gpu", 20e9, 44e9, 32e9),
+    _Guide("the laptop with a 16 GB GPU and 64 GB of memory", "min-gpu", 14e9, 14e9, _FLAGSHIP_BYTES + 3e9),
+    _Guide("the machine without a GPU and with 64 GB of memory", "no-gpu", 0, 0, _FLAGSHIP_BYTES + 6e9),
 )
 
 
 def recommend(machine: Machine) -> Finding:
     """Which load strategy suits this machine, seen from the largest model that the guides speak of."""
     gpu = max((gpu.free_bytes for gpu in machine.gpus), default=0)
+    gpus = sum(gpu.free_bytes for gpu in machine.gpus)
     memory = machine.usable_memory_bytes
     for guide in _GUIDES:
-        if gpu >= guide.gpu_bytes and memory >= guide.memory_bytes:
+        if gpu >= guide.gpu_bytes and gpus >= guide.gpus_bytes and memory >= guide.memory_bytes:
             found = f"{guide.strategy} for {_FLAGSHIP}: this is like {guide.name} (docs/flagship.md)"
             return Finding("load strategy", "good", found)
     strategy = "max-gpu for what fits the GPU, min-gpu for larger mixtures of experts" if gpu else "no-gpu"
