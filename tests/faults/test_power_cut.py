@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.ledger import journal as journal_module
 from pipeline.ledger import publish as publish_module
 from pipeline.ledger.files import Files, RunPaths
 from tests.faults.compare import incomplete, problem_with
@@ -105,11 +104,6 @@ def no_sync_before_the_name() -> None:
     publish_module.GrowingFile = Unsynced
 
 
-def lines_of_any_journal() -> None:
-    """The broken variant: nothing tells whose a line of a journal is."""
-    journal_module.start_of_crcs = lambda _: 0
-
-
 def cut_off(disk: Disk, directory: Path, chance: random.Random, *prepare: Preparation) -> str | None:
     """One or two power cuts at random moments, some of them after the end; what is wrong after that."""
     output = disk.root / directory.name / "out.jsonl"
@@ -164,14 +158,3 @@ def test_less_care_is_noticed(disk: Disk, tmp_path: Path, trials: Trials, name: 
     prepare, reasons = BROKEN[name]
     found = (cut_off(disk, tmp_path / str(number), chance, prepare) for number, chance in enumerate(chances(60)))
     assert trials.is_caught(2, name, found, *reasons)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("disk", OPTIONS[1:], indirect=True)
-def test_lines_of_another_journal_would_be_taken_for_damage(disk: Disk, tmp_path: Path, trials: Trials) -> None:
-    use_up(disk, tmp_path, lines_of_any_journal)
-    found = (
-        cut_off(disk, tmp_path / str(number), chance, lines_of_any_journal)
-        for number, chance in enumerate(chances(100))
-    )
-    assert trials.is_caught(2, "lines of any journal", found, "not resumed: exit code 65")
