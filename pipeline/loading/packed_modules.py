@@ -122,8 +122,8 @@ def _elsewhere(
     device = gate_up.codes.device
     if x.device == device:
         return experts(x, chosen, weights, gate_up, down, int8=int8)
-    there = _brought((x, chosen, weights), device)
-    return _brought((experts(*there, gate_up, down, int8=int8),), x.device)[0]
+    rows, choice, shares = _brought((x, chosen, weights), device)
+    return _brought((experts(rows, choice, shares, gate_up, down, int8=int8),), x.device)[0]
 
 
 def _brought(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
