@@ -58,6 +58,7 @@ def main() -> None:
     model = load_model(make_plan(spec, probe_machine(), read_facts(directory))).model
     from transformers import AutoTokenizer
 
+    # Its library leaves the type open.
     tokenizer: Any = AutoTokenizer.from_pretrained(directory)  # pyright: ignore[reportUnknownMemberType]
     room = given.slots * (given.prompt_tokens + given.new_tokens)
     options: dict[str, Any] = {"thinking": None, "slots": given.slots, "cache_tokens": room, "report": print}

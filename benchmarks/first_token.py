@@ -72,6 +72,7 @@ def run(job: str) -> None:
     """The child: parts as one line of JSON on standard output, then the end."""
     started = age_s()
     parts = Parts()
+    # Where imports are found and run; no public name tells how long each takes.
     bootstrap: Any = importlib._bootstrap  # type: ignore[attr-defined]
     bootstrap._find_and_load = parts.within(
         lambda name, *_: PACKAGES.get(name.partition(".")[0], OTHER_PACKAGES), bootstrap._find_and_load

@@ -123,7 +123,7 @@ def vllm(model: str, options: argparse.Namespace) -> Run:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(options.cache_gb))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{options.threads - 1}")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
+    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports] - in an environment of its own
 
     engine = LLM(model=model, dtype=options.dtype, max_num_seqs=options.slots, max_model_len=4096)
 
@@ -139,7 +139,7 @@ def vllm(model: str, options: argparse.Namespace) -> Run:
 
 def llama_cpp(model: str, options: argparse.Namespace) -> Run:
     """llama.cpp's server in this process, asked over HTTP by as many clients as it has slots, and some that wait."""
-    import xllamacpp  # pyright: ignore[reportMissingImports]
+    import xllamacpp  # pyright: ignore[reportMissingImports] - in an environment of its own
 
     parameters = xllamacpp.CommonParams()
     parameters.model.path = model  # a GGUF file

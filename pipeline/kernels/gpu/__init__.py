@@ -7,9 +7,10 @@ operations compute what these would.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +28,13 @@ def _is_served(index: int | None) -> bool:
     import torch
 
     return find_spec("triton") is not None and torch.cuda.get_device_capability(index) >= _LEAST_CAPABILITY
+
+
+def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Kernels are started on the current GPU, whatever their arguments lie on; in Triton's interpreter that is none."""
+    import torch
+
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def power_of_two(least: int) -> int:

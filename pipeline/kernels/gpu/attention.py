@@ -7,13 +7,12 @@ heads that share a key head are rows of one tile, so that keys are read once for
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 import triton
 import triton.language as tl
 
-from pipeline.kernels.gpu import power_of_two
+from pipeline.kernels.gpu import on_device_of, power_of_two
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,14 +59,13 @@ def _attend(
     *,
     one: bool,
 ) -> Tensor:
-    import torch
 
     query = query.contiguous()
     heads, size, value_size = query.shape[1], query.shape[2], values.shape[2]
     output = query.new_empty(*query.shape[:2], value_size)
     width = power_of_two(max(size, value_size, 16))
     block = max(16, min(128, power_of_two(_TILE_BYTES // (width * query.element_size()))))
-    with torch.cuda.device(query.device) if query.device.type == "cuda" else contextlib.nullcontext():
+    with on_device_of(query):
         kernel: Any = _attend_tile[(num_tiles, keys.shape[1])]
         kernel(
             query,

@@ -7,13 +7,12 @@ but its own numbers; sums are float32.
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 import triton
 import triton.language as tl
 
-from pipeline.kernels.gpu import power_of_two
+from pipeline.kernels.gpu import on_device_of, power_of_two
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +34,7 @@ def delta_net(
     num_tokens, channels = mixed.shape
     convolved = torch.empty(num_tokens, channels, dtype=torch.float32, device=mixed.device)
     out = torch.zeros(num_tokens, weights.num_value_heads * weights.value_size, device=mixed.device)
-    with torch.cuda.device(mixed.device) if mixed.device.type == "cuda" else contextlib.nullcontext():
+    with on_device_of(mixed):
         convolve: Any = _convolve[(len(spans), triton.cdiv(channels, _CHANNELS))]
         convolve(
             mixed,

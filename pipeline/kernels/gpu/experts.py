@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
+from pipeline.kernels.gpu import on_device_of
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -39,7 +41,7 @@ def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: PackedWeight, d
     inner = torch.empty(num_pairs, inner_size, dtype=x.dtype, device=x.device)
     # A pair of no expert has no tile: nothing is written for it.
     answers = torch.zeros(num_pairs, down.num_outputs, dtype=x.dtype, device=x.device)
-    with _on(x):
+    with on_device_of(x):
         enter: Any = _gate_up[(tiles.shape[1], inner_size // _BLOCK)]
         turned = {"INNER_TILE": out_of["TILE_INPUTS"], "INNER_PLACES": out_of["PLACES"]}
         enter(_by_place(x, into), order, tiles, gate_up.codes, gate_up.scales, inner, top_k, **into, **turned)
@@ -93,15 +95,6 @@ def _by_place(x: Tensor, compiled: dict[str, Any]) -> Tensor:
     """x [tokens, inputs] with the inputs of a tile by their place within a word: all first ones, all second ones ..."""
     tiles = x.unflatten(-1, (-1, compiled["TILE_INPUTS"] // compiled["PLACES"], compiled["PLACES"]))
     return tiles.transpose(-2, -1).contiguous()
-
-
-def _on(x: Tensor) -> Any:
-    """Kernels are started on the current device, whatever their arguments lie on."""
-    import contextlib
-
-    import torch
-
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
 @triton.jit

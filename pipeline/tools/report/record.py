@@ -213,7 +213,7 @@ def _prompt(answer: Answer) -> str | None:
     Of a batch line it stands in the body; None where the answers keep no body, as those in OpenAI's format.
     """
     fields: Any = answer["input"]
-    if not isinstance(fields, dict) or set(fields) == {*KEPT_FIELDS}:  # pyright: ignore[reportUnknownArgumentType]
+    if not isinstance(fields, dict) or set(fields) == {*KEPT_FIELDS}:  # pyright: ignore[reportUnknownArgumentType] - JSON
         return None
     body: Any = fields.get("body")  # pyright: ignore[reportUnknownMemberType,reportUnknownVariableType]
     asked: Any = body if isinstance(body, dict) else fields  # pyright: ignore[reportUnknownVariableType]
