@@ -22,7 +22,8 @@ class CausalModel:
         self.name = getattr(model.config, "name_or_path", "") or type(model).__name__
         self.vocabulary: int = model.config.get_text_config(decoder=True).vocab_size  # type: ignore
         # Where the prompt enters; with weights on several devices this is not where every parameter is.
-        self.device: torch.device = next(self._model.get_input_embeddings().parameters()).device
+        self.embeddings: torch.nn.Module = self._model.get_input_embeddings()
+        self.device: torch.device = next(self.embeddings.parameters()).device
         self._cache_name = next((name for name in ("past_key_values", "cache_params") if name in self._parameters), "")
         if not self._cache_name:
             raise SpecError(
