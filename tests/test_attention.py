@@ -52,12 +52,14 @@ def test_native_attention_is_that_of_float32_mathematics(
 
 @needs_compiler
 @pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("size", [24, 32, 64, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_native_attention_and_torch_round_alike(dtype: torch.dtype, window: int | None) -> None:
-    numbers = pool([1, 33, 64, 100], 6, 2, 32, dtype)
+def test_native_attention_and_torch_round_alike(dtype: torch.dtype, size: int, window: int | None) -> None:
+    numbers = pool([1, 16, 33, 64, 100], 6, 2, size, dtype)
     found, expected = (attend(*numbers, 0.2, window) for attend in (attend_one, attend_one_in_torch))
     assert found.dtype == dtype
-    torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+    eps = max(torch.finfo(dtype).eps, 5e-7)  # float32 sums have another order
+    torch.testing.assert_close(found, expected, rtol=2 * eps, atol=4 * eps)
 
 
 @needs_compiler

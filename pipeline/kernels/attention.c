@@ -17,9 +17,9 @@
 #define MOST_VECS 32 // of a head: 512 numbers
 #define MOST_GROUP 64 // heads that share a key head
 
-#define ATTEND(NAME, NUMBER, LOAD, STORE)                                                                              \
-    static inline __attribute__((always_inline)) void NAME##_task(                                                     \
-        const NUMBER *query, const NUMBER *keys, const NUMBER *values, int64_t first, int64_t last, int64_t group,      \
+#define ATTEND_ONE(NAME, NUMBER, LOAD, STORE)                                                                          \
+    static inline __attribute__((always_inline)) void NAME(                                                            \
+        const NUMBER *query, const NUMBER *keys, const NUMBER *values, int64_t first, int64_t last, int64_t group,     \
         int64_t size, int64_t stride, float scale, NUMBER *out) {                                                      \
         int64_t vecs = (size + LANES - 1) / LANES, rest = size - (vecs - 1) * LANES;                                   \
         vec q[group * vecs], sum[group * vecs], tile[TILE * vecs];                                                     \
@@ -67,8 +67,130 @@
         for (int64_t g = 0; g < group; g++)                                                                            \
             for (int64_t i = 0; i < vecs; i++)                                                                         \
                 STORE(out + g * size + i * LANES, sum[g * vecs + i] / total[g], i + 1 < vecs ? LANES : rest);          \
-    }                                                                                                                  \
-                                                                                                                       \
+    }
+
+ATTEND_ONE(attend_one_float32, float, load_float, store_float)
+#ifdef __AVX512BF16__
+ATTEND_ONE(attend_singly, uint16_t, load_bf16, store_bf16)
+#else
+ATTEND_ONE(attend_one_bfloat16, uint16_t, load_bf16, store_bf16)
+#endif
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+
+// Sums of the numbers of each of 16 registers, in their order.
+INLINE __m512 sums_of(const __m512 *x) {
+    __m512 pairs[8], fours[4], halves[2];
+    for (int i = 0; i < 8; i++)
+        pairs[i] = _mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]) + _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]);
+    for (int i = 0; i < 4; i++) {
+        __m512d one = _mm512_castps_pd(pairs[2 * i]), other = _mm512_castps_pd(pairs[2 * i + 1]);
+        fours[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(one, other)) + _mm512_castpd_ps(_mm512_unpackhi_pd(one, other));
+    }
+    for (int i = 0; i < 2; i++)
+        halves[i] = _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x88) +
+                    _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xdd);
+    return _mm512_shuffle_f32x4(halves[0], halves[1], 0x88) + _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd);
+}
+
+// The same with products of two bfloat16 numbers at once, for heads of whole registers of 32. Weights are rounded to
+// bfloat16, as torch's own attention rounds them. Values of two places are interleaved, by which the numbers of a sum
+// lie in another order until the end; a tile that is not full is filled up with zeros in a copy.
+INLINE void attend_pairs(const uint16_t *query, const uint16_t *keys, const uint16_t *values, int64_t first,
+                         int64_t last, int64_t group, const int64_t size, int64_t stride, float scale, uint16_t *out) {
+    const int64_t halves = size / 32;
+    __m512bh q[group * halves];
+    __m512 sum[group * 2 * halves];
+    __m512i pairs[TILE / 2 * 2 * halves];
+    uint16_t some_keys[TILE * size], some_values[TILE * size];
+    float most[group], total[group];
+    for (int64_t i = 0; i < group * halves; i++) q[i] = (__m512bh)_mm512_loadu_si512(query + i * 32);
+    for (int64_t i = 0; i < group * 2 * halves; i++) sum[i] = _mm512_setzero_ps();
+    for (int64_t g = 0; g < group; g++) {
+        most[g] = -INFINITY;
+        total[g] = 0.0f;
+    }
+    for (int64_t begin = first; begin < last; begin += TILE) {
+        const uint16_t *key = keys + begin * stride, *value = values + begin * stride;
+        int64_t count = last - begin < TILE ? last - begin : TILE, apart = stride;
+        if (count < TILE) {
+            memset(some_keys + count * size, 0, (TILE - count) * size * sizeof *keys);
+            memset(some_values + count * size, 0, (TILE - count) * size * sizeof *values);
+            for (int64_t t = 0; t < count; t++) {
+                memcpy(some_keys + t * size, key + t * stride, size * sizeof *keys);
+                memcpy(some_values + t * size, value + t * stride, size * sizeof *values);
+            }
+            key = some_keys;
+            value = some_values;
+            apart = size;
+        }
+        for (int64_t t = TILE; t < 2 * TILE && begin + t < last; t++) // a head's places lie apart: no processor foresees them
+            for (int64_t i = 0; i < halves; i++) {
+                __builtin_prefetch(key + t * stride + i * 32);
+                __builtin_prefetch(value + t * stride + i * 32);
+            }
+        for (int64_t t = 0; t < TILE; t += 2)
+            for (int64_t i = 0; i < halves; i++) {
+                __m512i one = _mm512_loadu_si512(value + t * apart + i * 32);
+                __m512i next = _mm512_loadu_si512(value + (t + 1) * apart + i * 32);
+                pairs[(t / 2 * halves + i) * 2] = _mm512_unpacklo_epi16(one, next);
+                pairs[(t / 2 * halves + i) * 2 + 1] = _mm512_unpackhi_epi16(one, next);
+            }
+        for (int64_t g = 0; g < group; g++) {
+            __m512 scores[2];
+            __mmask16 seen[2];
+            for (int half = 0; half < 2; half++) {
+                __m512 products[16];
+#pragma GCC unroll 16
+                for (int t = 0; t < 16; t++) {
+                    const uint16_t *place = key + (half * 16 + t) * apart;
+                    products[t] = _mm512_setzero_ps();
+                    for (int64_t i = 0; i < halves; i++)
+                        products[t] = _mm512_dpbf16_ps(products[t], q[g * halves + i],
+                                                       (__m512bh)_mm512_loadu_si512(place + i * 32));
+                }
+                int64_t places = count - half * 16;
+                seen[half] = places >= 16 ? 0xffff : places > 0 ? (1 << places) - 1 : 0;
+                scores[half] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen[half], sums_of(products) * scale);
+            }
+            float highest = _mm512_reduce_max_ps(_mm512_max_ps(scores[0], scores[1])); // a NaN comes back in the weights
+            highest = highest > most[g] ? highest : most[g];
+            float keep = most[g] == -INFINITY ? 0.0f : exp_negative(most[g] - highest);
+            most[g] = highest;
+            for (int half = 0; half < 2; half++)
+                scores[half] = _mm512_maskz_mov_ps(seen[half], (__m512)exp_register((reg)(scores[half] - highest)));
+            total[g] = total[g] * keep + _mm512_reduce_add_ps(scores[0] + scores[1]);
+            __m512bh rounded = _mm512_cvtne2ps_pbh(scores[1], scores[0]);
+            int32_t weights[TILE / 2];
+            memcpy(weights, &rounded, sizeof weights);
+            __m512 own[2 * halves];
+            for (int64_t i = 0; i < 2 * halves; i++) own[i] = sum[g * 2 * halves + i] * keep;
+            for (int64_t t = 0; t < TILE / 2; t++)
+                for (int64_t i = 0; i < 2 * halves; i++)
+                    own[i] = _mm512_dpbf16_ps(own[i], (__m512bh)_mm512_set1_epi32(weights[t]),
+                                              (__m512bh)pairs[t * 2 * halves + i]);
+            for (int64_t i = 0; i < 2 * halves; i++) sum[g * 2 * halves + i] = own[i];
+        }
+    }
+    const __m512i order = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    for (int64_t i = 0; i < group * halves; i++)
+        for (int half = 0; half < 2; half++) {
+            __m512i which = _mm512_add_epi32(order, _mm512_set1_epi32(8 * half));
+            __m512 own = _mm512_permutex2var_ps(sum[2 * i], which, sum[2 * i + 1]) / total[i / halves];
+            store_bf16(out + i * 32 + half * 16, (vec)own, LANES);
+        }
+}
+
+INLINE void attend_one_bfloat16(const uint16_t *query, const uint16_t *keys, const uint16_t *values, int64_t first,
+                                int64_t last, int64_t group, const int64_t size, int64_t stride, float scale,
+                                uint16_t *out) {
+    if (size % 32) attend_singly(query, keys, values, first, last, group, size, stride, scale, out);
+    else attend_pairs(query, keys, values, first, last, group, size, stride, scale, out);
+}
+#endif
+
+#define ATTEND(NAME, NUMBER, TASK)                                                                                     \
     int NAME(const NUMBER *query, const NUMBER *keys, const NUMBER *values, const int64_t *starts,                     \
              const int64_t *lengths, int64_t rows, int64_t heads, int64_t key_heads, int64_t size, float scale,        \
              int64_t window, NUMBER *out, int64_t threads) {                                                           \
@@ -82,16 +204,16 @@
             const NUMBER *q = query + (row * heads + head * group) * size, *k = keys + head * size;                    \
             const NUMBER *v = values + head * size;                                                                    \
             NUMBER *o = out + (row * heads + head * group) * size;                                                     \
-            if (size == 64) NAME##_task(q, k, v, first, last, group, 64, stride, scale, o);                            \
-            else if (size == 128) NAME##_task(q, k, v, first, last, group, 128, stride, scale, o);                     \
-            else if (size == 256) NAME##_task(q, k, v, first, last, group, 256, stride, scale, o);                     \
-            else NAME##_task(q, k, v, first, last, group, size, stride, scale, o);                                     \
+            if (size == 64) TASK(q, k, v, first, last, group, 64, stride, scale, o);                                   \
+            else if (size == 128) TASK(q, k, v, first, last, group, 128, stride, scale, o);                            \
+            else if (size == 256) TASK(q, k, v, first, last, group, 256, stride, scale, o);                            \
+            else TASK(q, k, v, first, last, group, size, stride, scale, o);                                            \
         }                                                                                                              \
         return 0;                                                                                                      \
     }
 
-ATTEND(attend_float32, float, load_float, store_float)
-ATTEND(attend_bfloat16, uint16_t, load_bf16, store_bf16)
+ATTEND(attend_float32, float, attend_one_float32)
+ATTEND(attend_bfloat16, uint16_t, attend_one_bfloat16)
 
 // ---- prompts: tokens of one sequence that follow each other, each attends to itself and all before it ----
 //
