@@ -39,21 +39,25 @@ INLINE float add_up(vec x) {
     return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
 
-// `count` numbers (at most LANES), the rest zeros
+// `count` numbers (at most LANES), the rest zeros. A whole lane is a case of its own: copies of a length that is not known
+// when this is compiled become loops.
 
 INLINE vec load_float(const float *x, int64_t count) {
     vec wide = {0};
-    memcpy(&wide, x, count == LANES ? sizeof wide : count * sizeof *x);
+    if (count == LANES) memcpy(&wide, x, sizeof wide);
+    else memcpy(&wide, x, count * sizeof *x);
     return wide;
 }
 
 INLINE void store_float(float *x, vec wide, int64_t count) {
-    memcpy(x, &wide, count == LANES ? sizeof wide : count * sizeof *x);
+    if (count == LANES) memcpy(x, &wide, sizeof wide);
+    else memcpy(x, &wide, count * sizeof *x);
 }
 
 INLINE vec load_bf16(const uint16_t *x, int64_t count) {
     short_vec narrow = {0};
-    memcpy(&narrow, x, count == LANES ? sizeof narrow : count * sizeof *x);
+    if (count == LANES) memcpy(&narrow, x, sizeof narrow);
+    else memcpy(&narrow, x, count * sizeof *x);
     bits_vec bits = __builtin_convertvector(narrow, bits_vec) << 16;
     return (vec)bits;
 }
@@ -63,7 +67,8 @@ INLINE void store_bf16(uint16_t *x, vec wide, int64_t count) { // to the nearest
     bits_vec is_nan = (bits_vec)(wide != wide);
     bits = ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16 & ~is_nan) | (is_nan & 0x7fc0);
     short_vec narrow = __builtin_convertvector(bits, short_vec);
-    memcpy(x, &narrow, count == LANES ? sizeof narrow : count * sizeof *x);
+    if (count == LANES) memcpy(x, &narrow, sizeof narrow);
+    else memcpy(x, &narrow, count * sizeof *x);
 }
 
 INLINE vec load_any(const void *x, int64_t at, int64_t count, const int is_bf16) {

@@ -5,6 +5,8 @@
 #include "lanes.h"
 
 #define LEAST_WORK 16384 // numbers; waking another thread for fewer takes longer than the work
+#define ROWS_AHEAD 2     // whose places in the pools are asked for: they lie anywhere
+#define PIECE 1024       // numbers that are searched for their largest before the next
 
 INLINE void norm_row(const void *x, int64_t from, const float *weight, float epsilon, int64_t size, void *out, int64_t to,
                      const int is_bf16) {
@@ -93,6 +95,12 @@ typedef struct {
 INLINE void rotate_row(const Rotation *r, int64_t row, const int is_bf16) {
     float head[r->size];
     const int64_t angle = row * r->rotated, width = is_bf16 ? 2 : 4;
+    if (row + ROWS_AHEAD < r->rows)
+        for (int64_t i = 0; i < r->key_heads * r->size * width; i += 64) {
+            const int64_t at = r->places[row + ROWS_AHEAD] * r->key_heads * r->size * width + i;
+            __builtin_prefetch((char *)r->keys + at, 1);
+            __builtin_prefetch((char *)r->values + at, 1);
+        }
     for (int64_t h = 0; h < r->heads; h++) {
         turn_head(r->query, row * r->query_stride + h * r->size, r->query_norm, r->epsilon, r->cosine, r->sine, angle,
                   r->rotated, r->size, head, is_bf16);
@@ -118,7 +126,8 @@ void rotate(const Rotation *r, int is_bf16, int64_t threads) {
     }
 }
 
-INLINE int64_t best_of(const void *scores, int64_t from, int64_t size, const int is_bf16) {
+// The largest of some numbers; what is no number is larger than all.
+INLINE float highest_of(const void *scores, int64_t from, int64_t size, const int is_bf16) {
     reg high = (reg){0} - INFINITY, parts[LANES / REGISTER];
     int_reg is_none = {0};
     for (int64_t at = 0; at < size; at += LANES) {
@@ -133,22 +142,22 @@ INLINE int64_t best_of(const void *scores, int64_t from, int64_t size, const int
     }
     float most = -INFINITY;
     for (int i = 0; i < REGISTER; i++) {
-        if (is_none[i]) return -1;
+        if (is_none[i]) return NAN;
         most = high[i] > most ? high[i] : most;
     }
-    if (most == INFINITY || most == -INFINITY) return -1;
-    for (int64_t at = 0; at < size; at += LANES) {
-        int64_t count = size - at < LANES ? size - at : LANES;
-        vec part = load_any(scores, from + at, count, is_bf16);
-        int_reg found = {0};
-        memcpy(parts, &part, sizeof parts);
-        for (int i = 0; i < LANES / REGISTER; i++) found |= parts[i] == most;
-        int any = 0;
-        for (int i = 0; i < REGISTER; i++) any |= found[i];
-        if (!any) continue;
-        for (int64_t i = 0; i < count; i++)
-            if (part[i] == most) return at + i;
+    return most;
+}
+
+INLINE int64_t best_of(const void *scores, int64_t from, int64_t size, const int is_bf16) {
+    float most = -INFINITY;
+    int64_t where = 0;
+    for (int64_t at = 0; at < size; at += PIECE) {
+        float highest = highest_of(scores, from + at, size - at < PIECE ? size - at : PIECE, is_bf16);
+        if (!(highest < INFINITY)) return -1;
+        if (highest > most) most = highest, where = at;
     }
+    for (int64_t at = where; at < size; at++)
+        if (load_any(scores, from + at, 1, is_bf16)[0] == most) return most == -INFINITY ? -1 : at;
     return -1;
 }
 
