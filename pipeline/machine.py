@@ -94,6 +94,11 @@ class Machine:
         """Whether the processor multiplies bfloat16; without it torch computes it slower than float32."""
         return not self.cpu_features.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
 
+    @property
+    def has_bf16_vectors_only(self) -> bool:
+        """Whether the processor multiplies bfloat16 in registers of 512 bits, and has no faster units for matrices."""
+        return "avx512_bf16" in self.cpu_features and "amx_bf16" not in self.cpu_features
+
     def to_dict(self) -> dict[str, Any]:
         """Lists, numbers and strings for YAML or JSON; `from_dict` reads them back, and sizes such as 64GiB too."""
         return asdict(self) | {

@@ -40,14 +40,17 @@ def test_a_layer_multiplies_with_its_weights(rows: int, outputs: int, inputs: in
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(33, 577), (100, 576), (1, 7), (31, 130), (64, 1)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "rows"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+)
 def test_a_rows_product_is_the_same_bits_in_any_company_layout_and_number_of_threads(
-    outputs: int, inputs: int, dtype: torch.dtype
+    outputs: int, inputs: int, dtype: torch.dtype, rows: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(inputs)
     weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
     layer, turned = in_plain_blocks(weight), weight.T.contiguous().T
-    x = torch.randn(300, inputs, generator=generator)
+    x = torch.randn(300, inputs, generator=generator).to(rows)
     together = plain_linear(x, layer)
     threads = torch.get_num_threads()
     try:
@@ -68,11 +71,24 @@ def test_torchs_own_product_minds_the_number_of_rows() -> None:
     assert any(not torch.equal(torch.nn.functional.linear(x[:few], weight), whole[:few]) for few in range(1, 64))
 
 
-def test_narrow_rows_are_multiplied_as_they_are_and_rounded_once() -> None:
-    weight, x = torch.randn(40, 30).bfloat16(), torch.randn(7, 30).bfloat16()
-    wanted = plain_linear(x.float(), in_plain_blocks(weight)).bfloat16()
-    assert torch.equal(plain_linear(x, in_plain_blocks(weight)), wanted)
-    assert torch.equal(matrix_linear(x, weight), wanted)
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.one_of(st.integers(1, 14), st.sampled_from([49, 193, 400])),
+    outputs=st.sampled_from([1, 31, 32, 33, 96, 200]),
+    inputs=st.sampled_from([1, 2, 6, 7, 36, 130, 576, 642, 1000]),
+    seed=st.integers(0, 1000),
+)
+def test_narrow_rows_are_multiplied_as_they_are_and_rounded_once(
+    rows: int, outputs: int, inputs: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(outputs, inputs + 1, generator=generator).bfloat16()[:, 1:]
+    x = torch.randn(rows, inputs, generator=generator).bfloat16()
+    found, exact = plain_linear(x, in_plain_blocks(weight)), x.double() @ weight.double().T
+    assert found.dtype == torch.bfloat16
+    sizes = x.abs().double() @ weight.abs().double().T
+    assert ((found.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6 * sizes).all()
+    assert torch.equal(matrix_linear(x, weight), found)
 
 
 def test_a_part_of_a_larger_matrix_is_multiplied_where_it_lies() -> None:

@@ -416,12 +416,25 @@ def test_deterministic_answers_are_refused_on_a_gpu_and_said_on_a_cpu(flagship: 
     assert caught.value.problems[0].field == "generation.deterministic"
     plan = make_plan(deterministic(job(load_strategy="no-gpu")), LAPTOP, flagship)
     assert decision(plan, "arithmetic")[0] == "row by row"
-    narrow = machine(cpu_features=frozenset({"avx512_bf16"}))
-    for asked, kernel in ((job(), "torch"), (deterministic(job()), "native kernel")):
-        plan = make_plan(asked, narrow, facts())
-        assert (plan.dtype, plan.plain_kernel) == ("bfloat16", kernel != "torch")
-        assert decision(plan, "plain layers")[0] == kernel
     assert "arithmetic" not in {made.name for made in make_plan(job(), machine(), facts()).decisions}
+
+
+@pytest.mark.parametrize(
+    ("features", "kernel", "kernel_row_by_row"),
+    [
+        (("avx512_bf16",), "native kernel", "native kernel"),
+        (("avx512_bf16", "amx_bf16"), "torch", "native kernel"),
+        (("bf16",), "torch", "native kernel"),
+    ],
+)
+def test_bfloat16_is_multiplied_by_what_is_faster_on_the_processor(
+    features: tuple[str, ...], kernel: str, kernel_row_by_row: str
+) -> None:
+    narrow = machine(cpu_features=frozenset(features))
+    for asked, expected in ((job(), kernel), (deterministic(job()), kernel_row_by_row)):
+        plan = make_plan(asked, narrow, facts())
+        assert (plan.dtype, plan.plain_kernel) == ("bfloat16", expected != "torch")
+        assert decision(plan, "plain layers")[0] == expected
 
 
 def test_deterministic_weights_do_not_depend_on_what_memory_is_free() -> None:

@@ -29,7 +29,8 @@ INLINE void tile(const Packed *layer, const Slab *slab, const void *const *rows,
     if (kind == INT8)
         direct_int8(rows, num_rows, layer, slab->first, slab->step, bits, slab->codes, slab->scale, sums);
 #if HAS_BF16
-    else if (kind == BFLOAT16) tile_bf16(rows, num_rows, slab->first, slab->step, slab->made, slab->scale, sums);
+    else if (kind == BFLOAT16)
+        tile_bf16(rows, num_rows, slab->first, slab->step, slab->made, slab->scale, sums, bits == 16);
 #endif
     else if (is_made) tile_f32(rows, num_rows, slab->first, slab->step, slab->made, slab->scale, sums);
     else direct_f32(rows, num_rows, slab->first, words, bits, slab->codes, slab->scale, sums);
@@ -61,7 +62,9 @@ INLINE void multiply_blocks(const Packed *layer, int64_t expert, int64_t block, 
     const int64_t place = expert * num_blocks(layer) + block;
     const uint32_t *codes = (const uint32_t *)layer->codes + place * words * BLOCK;
     const uint16_t *scales = bits < 16 ? layer->scales + place * groups * BLOCK : NULL;
-    const int step = step_of(layer), is_made = kind == BFLOAT16 || (kind == FLOAT32 && num_rows > TILE_ROWS);
+    const int is_plain = kind == BFLOAT16 && bits == 16; // weights which are multiplied where they lie
+    const int step = is_plain ? plain_step(layer->inputs) : step_of(layer);
+    const int is_made = kind == BFLOAT16 || (kind == FLOAT32 && num_rows > TILE_ROWS);
     float made[SLAB * BLOCK] __attribute__((aligned(64))), scale[BLOCK];
     memset(sums, 0, num_rows * sizeof *sums);
     for (int64_t first = 0; first < layer->inputs; first += step) {
@@ -75,7 +78,8 @@ INLINE void multiply_blocks(const Packed *layer, int64_t expert, int64_t block, 
             continue;
         }
 #if HAS_BF16
-        if (kind == BFLOAT16) slab_bf16(slab.codes, inputs * bits / 32, bits, (uint32_t *)made);
+        if (is_plain) slab.made = slab.codes;
+        else if (kind == BFLOAT16) slab_bf16(slab.codes, inputs * bits / 32, bits, (uint32_t *)made);
         else
 #endif
         slab_f32(slab.codes, inputs * bits / 32, bits, made);
@@ -98,6 +102,7 @@ BLOCKS(32, FLOAT32)
 BLOCKS(2, BFLOAT16)
 BLOCKS(4, BFLOAT16)
 BLOCKS(8, BFLOAT16)
+BLOCKS(16, BFLOAT16)
 #endif
 BLOCKS(2, INT8)
 BLOCKS(4, INT8)
@@ -116,16 +121,34 @@ static void multiply_matrix(const Packed *layer, int64_t expert, int64_t block, 
     }
 }
 
+#if HAS_BF16
+// The same with an even number of inputs for rows of bfloat16.
+static void multiply_matrix_bf16(const Packed *layer, int64_t expert, int64_t block, const void *const *rows,
+                                 int num_rows, float (*sums)[BLOCK]) {
+    (void)expert;
+    uint32_t made[PLAIN_SLAB / 2 * BLOCK] __attribute__((aligned(64)));
+    const int step = plain_step(layer->inputs);
+    memset(sums, 0, num_rows * sizeof *sums);
+    for (int64_t first = 0; first < layer->inputs; first += step) {
+        const Slab slab = {NULL, made, NULL, first, least(step, layer->inputs - first)};
+        pairs_of_matrix(layer, block, first, slab.step, made);
+        all_tiles(layer, &slab, rows, num_rows, sums, 32, BFLOAT16, 1);
+    }
+}
+#else
+#define multiply_matrix_bf16 NULL
+#endif
+
 static Multiply *multiply_for(const Packed *layer, int kind) {
     static Multiply *const variants[3][5] = {
         {multiply_2_FLOAT32, multiply_4_FLOAT32, multiply_8_FLOAT32, multiply_16_FLOAT32, multiply_32_FLOAT32},
 #if HAS_BF16
-        {multiply_2_BFLOAT16, multiply_4_BFLOAT16, multiply_8_BFLOAT16},
+        {multiply_2_BFLOAT16, multiply_4_BFLOAT16, multiply_8_BFLOAT16, multiply_16_BFLOAT16},
 #else
         {NULL},
 #endif
         {multiply_2_INT8, multiply_4_INT8, multiply_8_INT8},
     };
-    if (layer->stride) return multiply_matrix;
+    if (layer->stride) return kind == BFLOAT16 ? multiply_matrix_bf16 : multiply_matrix;
     return variants[kind][__builtin_ctzll(layer->bits) - 1];
 }

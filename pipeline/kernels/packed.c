@@ -1,7 +1,8 @@
 // Linear layers and routed experts whose weights lie in blocks (blocks.h): y[m, n] = sum over k of x[m, k] * weight[n, k].
 //
 // Rows are float32, or bfloat16 where the processor multiplies that, or float32 that is rounded to whole numbers of 8 bits
-// for every slab and row; plain weights take float32 only. Compiled by native.py, called by packed.py and plain.py.
+// for every slab and row. Plain weights take float32, and those of bfloat16 either of the first. Compiled by native.py,
+// called by packed.py and plain.py.
 
 #include <omp.h>
 #include <stdlib.h>
@@ -29,7 +30,7 @@ INLINE int64_t row_bytes(const Packed *layer, int kind) {
     return kind == INT8 ? quantized_bytes(layer) : layer->inputs * (kind == BFLOAT16 ? 2 : 4);
 }
 
-// Puts a row into that form, but for float32, which is multiplied as it comes.
+// Puts a row into that form; rows of float32, or for plain weights, are multiplied as they come.
 INLINE void prepare(const void *row, const Packed *layer, int kind, void *to) {
     if (kind == INT8) quantize(row, layer, to);
     else arrange(row, layer->inputs, layer->bits, to);
@@ -43,9 +44,10 @@ int packed_linear(const Packed *layer, const void *x, int64_t num_rows, void *ou
     while (chunk > LEAST_CHUNK && blocks * ((num_rows + chunk - 1) / chunk) < 4 * num_threads) chunk /= 2;
     const int64_t num_chunks = (num_rows + chunk - 1) / chunk;
     Multiply *multiply_block = multiply_for(layer, kind);
-    char *prepared = kind == FLOAT32 ? NULL : malloc(num_rows * size);
-    if (kind != FLOAT32 && !prepared) return 1;
-    const char *from = kind == FLOAT32 ? x : prepared;
+    const int as_they_come = kind == FLOAT32 || !layer->scales;
+    char *prepared = as_they_come ? NULL : malloc(num_rows * size);
+    if (!as_they_come && !prepared) return 1;
+    const char *from = as_they_come ? x : prepared;
 #pragma omp parallel num_threads(num_threads)
     {
         if (prepared)

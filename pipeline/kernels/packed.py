@@ -203,6 +203,12 @@ def kernel_in_use() -> str:
     return "native code with bfloat16 products" if library.packed_has_bf16() else "native code in float32"
 
 
+def has_bfloat16() -> bool:
+    """Whether native code multiplies bfloat16 rows as they are."""
+    library = native_library()
+    return library is not None and bool(library.packed_has_bf16())
+
+
 class _Packed(ctypes.Structure):
     _fields_ = (
         ("codes", ctypes.c_void_p),

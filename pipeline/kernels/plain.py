@@ -1,10 +1,11 @@
 """Products with plain weights: in blocks, as packed ones lie, or as torch has them.
 
 The layout is that of `blocks.h`: `blocks` int32 [N / 32 rounded up, K * bits / 32, 32], where a word holds two
-bfloat16 numbers that follow each other in K (bits 16) or one float32 (bits 32). All is computed in float32, and each
-row is summed in one order whatever is beside it, in both layouts the same: bit for bit, whatever the number of rows, a
-row's place among them and the number of threads. Libraries that choose a kernel by the sizes of matrices promise none
-of that.
+bfloat16 numbers that follow each other in K (bits 16) or one float32 (bits 32). Sums are float32, of products of two
+bfloat16 numbers at a time where rows and weights are such and the processor has instructions for that; and each row is
+summed in one order whatever is beside it, in both layouts the same: bit for bit, whatever the number of rows, a row's
+place among them and the number of threads. Libraries that choose a kernel by the sizes of matrices promise none of
+that.
 """
 # pyright: basic
 
@@ -74,8 +75,9 @@ def matrix_linear(x: Tensor, weight: Tensor) -> Tensor:
 def _rows_times(x: Tensor, weight: Tensor, num_outputs: int, num_inputs: int, bits: int, *, stride: int = 0) -> Tensor:
     import torch
 
-    rows = x.reshape(-1, num_inputs).to(torch.float32).contiguous()
-    out = torch.empty(len(rows), num_outputs)
+    in_pairs = x.dtype == torch.bfloat16 and bits == 16 and num_inputs % 2 == 0 and packed.has_bfloat16()
+    rows = x.reshape(-1, num_inputs).to(torch.bfloat16 if in_pairs else torch.float32).contiguous()
+    out = torch.empty(len(rows), num_outputs, dtype=rows.dtype)
     if len(rows):
         packed.multiply(weight, None, num_outputs, num_inputs, bits, rows, out, stride=stride)
     return out.to(x.dtype).view(*x.shape[:-1], num_outputs)

@@ -1,9 +1,11 @@
-// Rows of bfloat16 times a slab of packed weights, where the processor multiplies that (AVX512-BF16): two inputs side by
-// side in a word, the first and the middle one of a word of codes first.
+// Rows of bfloat16 times a slab of weights, where the processor multiplies that (AVX512-BF16): two inputs side by side in
+// a word. Of packed weights those are the first and the middle one of a word of codes first; plain ones lie so already.
 
 #pragma once
 
 #include "blocks.h"
+
+#define PLAIN_SLAB 320 // inputs of a slab of plain weights, which is to stay in the first-level cache beside its rows
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define HAS_BF16 1
@@ -20,6 +22,21 @@ static void arrange(const uint16_t *row, int64_t inputs, int bits, uint32_t *pai
             const uint16_t *first = row + word * 2 * per_half + place;
             pairs[word * per_half + place] = first[0] | (uint32_t)first[per_half] << 16;
         }
+}
+
+// Inputs of a slab of plain weights: equal parts, an even number for each.
+INLINE int plain_step(int64_t inputs) {
+    const int64_t parts = (inputs + PLAIN_SLAB - 1) / PLAIN_SLAB;
+    return (inputs / 2 + parts - 1) / parts * 2;
+}
+
+// A slab of plain weights that lie as torch has them; beyond the last output it is repeated.
+INLINE void pairs_of_matrix(const Packed *layer, int64_t block, int64_t first, int step, uint32_t *slab) {
+    for (int output = 0; output < BLOCK; output++) {
+        const int64_t at = least(block * BLOCK + output, layer->outputs - 1) * layer->stride + first;
+        for (int pair = 0; pair < step / 2; pair++)
+            memcpy(slab + pair * BLOCK + output, (const uint16_t *)layer->codes + at + 2 * pair, sizeof *slab);
+    }
 }
 
 #if HAS_BF16
@@ -53,21 +70,33 @@ INLINE void slab_bf16(const uint32_t *codes, int words, const int bits, uint32_t
         }
 }
 
+// Adds to one sum of each row the products of one pair of inputs.
+INLINE void pair_bf16(const void *const *rows, const int num_rows, int64_t pair, const uint32_t *weights,
+                      __m512 (*part)[2]) {
+    __m512bh low = (__m512bh)_mm512_loadu_si512(weights), high = (__m512bh)_mm512_loadu_si512(weights + REGISTER);
+    for (int row = 0; row < num_rows; row++) {
+        __m512bh x = (__m512bh)_mm512_set1_epi32(((const int32_t *)rows[row])[pair]);
+        part[row][0] = _mm512_dpbf16_ps(part[row][0], x, low);
+        part[row][1] = _mm512_dpbf16_ps(part[row][1], x, high);
+    }
+}
+
+// `far`: the slab lies among the weights, and what follows it is asked for.
 INLINE void tile_bf16(const void *const *rows, const int num_rows, int64_t first, int step, const uint32_t *slab,
-                      const float *scale, float (*sums)[BLOCK]) {
-    __m512 part[TILE_ROWS][2][2] = {}; // two sums each, so that one product need not wait for the last
-    for (int pair = 0; pair < step / 2; pair += 2)
+                      const float *scale, float (*sums)[BLOCK], const int far) {
+    __m512 part[2][TILE_ROWS][2] = {}; // two sums each, so that one product need not wait for the last
+    int pair = 0;
+    for (; pair + 1 < step / 2; pair += 2)
         for (int odd = 0; odd < 2; odd++) {
-            __m512bh low = (__m512bh)_mm512_loadu_si512(slab + (pair + odd) * BLOCK);
-            __m512bh high = (__m512bh)_mm512_loadu_si512(slab + (pair + odd) * BLOCK + REGISTER);
-            for (int row = 0; row < num_rows; row++) {
-                __m512bh x = (__m512bh)_mm512_set1_epi32(((const int32_t *)rows[row])[first / 2 + pair + odd]);
-                part[row][0][odd] = _mm512_dpbf16_ps(part[row][0][odd], x, low);
-                part[row][1][odd] = _mm512_dpbf16_ps(part[row][1][odd], x, high);
-            }
+            const uint32_t *weights = slab + (pair + odd) * BLOCK;
+            if (far)
+                for (int half = 0; half < BLOCK; half += REGISTER) __builtin_prefetch(weights + half + AHEAD);
+            pair_bf16(rows, num_rows, first / 2 + pair + odd, weights, part[odd]);
         }
+    if (pair < step / 2) pair_bf16(rows, num_rows, first / 2 + pair, slab + pair * BLOCK, part[0]);
     for (int row = 0; row < num_rows; row++)
         for (int half = 0; half < 2; half++)
-            add_scaled(sums[row] + REGISTER * half, (reg)(part[row][half][0] + part[row][half][1]), scale + REGISTER * half);
+            add_scaled(sums[row] + REGISTER * half, (reg)(part[0][row][half] + part[1][row][half]),
+                       scale ? scale + REGISTER * half : NULL);
 }
 #endif

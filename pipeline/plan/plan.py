@@ -116,7 +116,7 @@ def make_plan(
     repack_cache, why_repack_cache = choose_repack_cache(spec.model.repack_cache, facts, placement)
     device = placement.device if placement.on_gpu else "cpu"
     dtype, why_dtype = placer.dtype(strategy)
-    plain_kernel = device == "cpu" and (dtype == "float32" or spec.generation.deterministic)
+    plain_kernel, why_products = _products(spec, machine, device, dtype)
     num_threads, why_threads = _threads(machine)
     environment = list(_environment(num_threads, placement))
     decisions = [
@@ -124,7 +124,7 @@ def make_plan(
         Decision("load strategy", strategy, why_strategy),
         Decision("device", device, _why_device(placer, placement)),
         Decision("dtype", dtype, why_dtype),
-        _products(dtype, plain_kernel=plain_kernel),
+        Decision("plain layers", "native kernel" if plain_kernel else "torch", why_products),
         *_activation(spec),
         _weights(placer, fit),
         *([Decision("experts", *where_experts)] if where_experts else []),
@@ -317,13 +317,19 @@ def _weights(placer: Placer, fit: Fit) -> Decision:
     return Decision("weights", form, f"unpacked they would take {size}, more than half of the memory ({limit})")
 
 
-def _products(dtype: DType, *, plain_kernel: bool) -> Decision:
-    if not plain_kernel:
-        return Decision("plain layers", "torch", "its products use this device's own instructions for the type")
-    reason = "float32 sums over weights that stay bfloat16 where they are, which halves what a step reads"
-    if dtype != "float32":
-        reason = "each row is summed in one order, in float32, which torch's products for the type do not promise"
-    return Decision("plain layers", "native kernel", f"{reason}; torch where there is no compiler")
+def _products(spec: JobSpec, machine: Machine, device: str, dtype: DType) -> tuple[bool, str]:
+    """Whether our kernel multiplies what is not quantized, and why."""
+    if device != "cpu":
+        return False, "its products use this device's own instructions for the type"
+    if dtype == "float32":
+        reason = "float32 sums over weights that stay bfloat16 where they are, which halves what a step reads"
+    elif machine.has_bf16_vectors_only:
+        reason = "weights lie as this CPU multiplies bfloat16, which torch would arrange anew for every product"
+    elif spec.generation.deterministic:
+        reason = "each row is summed in one order, which torch's products for the type do not promise"
+    else:
+        return False, "its products use this CPU's own instructions for the type"
+    return True, f"{reason}; torch where there is no compiler"
 
 
 def _streaming(machine: Machine, facts: ModelFacts, placement: Placement) -> Streaming | None:
