@@ -11,15 +11,18 @@
 
 #define LEAST_CHUNK 48 // for fewer rows a slab is not worth its making
 
-// `count` sums of a block, as numbers of the kind of the rows.
+// `count` sums of a block, as numbers of the kind of the rows. A whole block is a case of its own, as a lane is in lanes.h.
 INLINE void store_sums(const float *sums, void *out, int64_t at, int64_t count, int bf16) {
-    if (!bf16) {
-        memcpy((float *)out + at, sums, count * sizeof *sums);
-        return;
-    }
+    const void *from = sums;
+    const size_t size = bf16 ? sizeof(uint16_t) : sizeof(float);
     uint16_t rounded[BLOCK];
-    for (int i = 0; i < BLOCK; i += LANES) store_bf16(rounded + i, load_float(sums + i, LANES), LANES);
-    memcpy((uint16_t *)out + at, rounded, count * sizeof *rounded);
+    if (bf16) {
+        for (int i = 0; i < BLOCK; i += LANES) store_bf16(rounded + i, load_float(sums + i, LANES), LANES);
+        from = rounded;
+    }
+    if (count == BLOCK && bf16) memcpy((uint16_t *)out + at, rounded, sizeof rounded);
+    else if (count == BLOCK) memcpy((float *)out + at, sums, BLOCK * sizeof *sums);
+    else memcpy((char *)out + at * size, from, count * size);
 }
 
 // Whether rows may be bfloat16.
