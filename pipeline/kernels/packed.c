@@ -39,6 +39,13 @@ INLINE void prepare(const void *row, const Packed *layer, int kind, void *to) {
     else arrange(row, layer->inputs, layer->bits, to);
 }
 
+// Tasks that a thread takes at once: their weights follow each other, and the longer a piece of memory, the faster it is
+// read; but one thread must not have much left to do when the others are through.
+INLINE int64_t run_of(int64_t num_tasks, int num_threads) {
+    const int64_t run = num_tasks / (8 * num_threads);
+    return run > 1 ? run : 1;
+}
+
 // out[m, N] = x[m, K] times the layer; 0, or 1 where memory ran out. `kind` is that of the rows; x and out are bfloat16
 // if it is, else float32.
 int packed_linear(const Packed *layer, const void *x, int64_t num_rows, void *out, int kind, int num_threads) {
@@ -46,6 +53,7 @@ int packed_linear(const Packed *layer, const void *x, int64_t num_rows, void *ou
     int64_t chunk = CHUNK;
     while (chunk > LEAST_CHUNK && blocks * ((num_rows + chunk - 1) / chunk) < 4 * num_threads) chunk /= 2;
     const int64_t num_chunks = (num_rows + chunk - 1) / chunk;
+    const int64_t run = run_of(blocks * num_chunks, num_threads);
     Multiply *multiply_block = multiply_for(layer, kind);
     const int as_they_come = kind == FLOAT32 || !layer->scales;
     char *prepared = as_they_come ? NULL : malloc(num_rows * size);
@@ -57,7 +65,7 @@ int packed_linear(const Packed *layer, const void *x, int64_t num_rows, void *ou
 #pragma omp for
             for (int64_t row = 0; row < num_rows; row++)
                 prepare((const char *)x + row * layer->inputs * value, layer, kind, prepared + row * size);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, run)
         for (int64_t task = 0; task < blocks * num_chunks; task++) {
             const int64_t block = task / num_chunks, first = task % num_chunks * chunk;
             const int count = least(chunk, num_rows - first);
@@ -72,6 +80,13 @@ int packed_linear(const Packed *layer, const void *x, int64_t num_rows, void *ou
     }
     free(prepared);
     return 0;
+}
+
+// Blocks of outputs that a thread sums up together: of few tokens several, for what an expert has of them follows each
+// other. Their sums stay in the second-level cache.
+INLINE int64_t blocks_together(int64_t num_tokens, int64_t num_blocks, int num_threads) {
+    const int64_t most = least(256 / num_tokens, num_blocks / (4 * num_threads));
+    return most > 1 ? most : 1;
 }
 
 // Sorts pairs of token and expert by expert, tokens ascending: starts[e] .. starts[e + 1] are those of expert e.
@@ -98,7 +113,8 @@ int packed_experts(const Packed *gate_up, const Packed *down, const void *x, int
     int64_t *starts = malloc((num_experts + 1 + num_pairs + num_experts) * sizeof *starts);
     char *inner = malloc(num_pairs * width * value), *prepared = kind == FLOAT32 ? NULL : malloc(num_tokens * size);
     char *inner_prepared = kind == INT8 ? malloc(num_pairs * inner_size) : NULL;
-    float *totals = malloc(num_threads * num_tokens * BLOCK * sizeof *totals);
+    const int64_t together = blocks_together(num_tokens, hidden / BLOCK, num_threads);
+    float *totals = malloc(num_threads * num_tokens * together * BLOCK * sizeof *totals);
     if (!starts || !inner || !totals || (kind != FLOAT32 && !prepared) || (kind == INT8 && !inner_prepared)) {
         free(starts), free(inner), free(prepared), free(inner_prepared), free(totals);
         return 1;
@@ -107,6 +123,7 @@ int packed_experts(const Packed *gate_up, const Packed *down, const void *x, int
     sort(chosen, num_tokens, top_k, num_experts, starts, sorted);
     for (int64_t expert = 0; expert < num_experts; expert++)
         if (starts[expert + 1] > starts[expert]) hit[num_hit++] = expert;
+    const int64_t run = run_of(num_hit * width_blocks, num_threads);
     Multiply *into = multiply_for(gate_up, kind), *from = multiply_for(down, kind);
     const char *tokens = kind == FLOAT32 ? x : prepared, *inner_rows = kind == INT8 ? inner_prepared : inner;
 #pragma omp parallel num_threads(num_threads)
@@ -117,7 +134,7 @@ int packed_experts(const Packed *gate_up, const Packed *down, const void *x, int
 #pragma omp for
             for (int64_t token = 0; token < num_tokens; token++)
                 prepare((const char *)x + token * hidden * value, gate_up, kind, prepared + token * size);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, run)
         for (int64_t task = 0; task < num_hit * width_blocks; task++) {
             const int64_t expert = hit[task / width_blocks], block = task % width_blocks;
             for (int64_t first = starts[expert]; first < starts[expert + 1]; first += CHUNK) {
@@ -145,25 +162,31 @@ int packed_experts(const Packed *gate_up, const Packed *down, const void *x, int
 #pragma omp for
             for (int64_t pair = 0; pair < starts[num_experts]; pair++)
                 quantize((const float *)inner + pair * width, down, inner_prepared + pair * inner_size);
-        float(*total)[BLOCK] = (float(*)[BLOCK])totals + omp_get_thread_num() * num_tokens;
+        float(*total)[BLOCK] = (float(*)[BLOCK])totals + omp_get_thread_num() * num_tokens * together;
 #pragma omp for schedule(dynamic)
-        for (int64_t block = 0; block < hidden / BLOCK; block++) {
-            memset(total, 0, num_tokens * sizeof *total);
+        for (int64_t begin = 0; begin < hidden / BLOCK; begin += together) {
+            const int64_t end = least(begin + together, hidden / BLOCK);
+            memset(total, 0, num_tokens * together * sizeof *total);
             for (int64_t place = 0; place < num_hit; place++) {
                 const int64_t expert = hit[place];
                 for (int64_t first = starts[expert]; first < starts[expert + 1]; first += CHUNK) {
                     const int count = least(CHUNK, starts[expert + 1] - first);
                     for (int row = 0; row < count; row++) rows[row] = inner_rows + (first + row) * inner_size;
-                    from(down, expert, block, rows, count, sums[0]);
-                    for (int row = 0; row < count; row++) {
-                        const int64_t pair = sorted[first + row];
-                        for (int output = 0; output < BLOCK; output++)
-                            total[pair / top_k][output] += weights[pair] * sums[0][row][output];
+                    for (int64_t block = begin; block < end; block++) {
+                        from(down, expert, block, rows, count, sums[0]);
+                        for (int row = 0; row < count; row++) {
+                            const int64_t pair = sorted[first + row];
+                            float *to = total[pair / top_k * together + block - begin];
+                            for (int output = 0; output < BLOCK; output++)
+                                to[output] += weights[pair] * sums[0][row][output];
+                        }
                     }
                 }
             }
             for (int64_t token = 0; token < num_tokens; token++)
-                store_sums(total[token], out, token * hidden + block * BLOCK, BLOCK, kind == BFLOAT16);
+                for (int64_t block = begin; block < end; block++)
+                    store_sums(total[token * together + block - begin], out, token * hidden + block * BLOCK, BLOCK,
+                               kind == BFLOAT16);
         }
     }
     free(starts), free(inner), free(prepared), free(inner_prepared), free(totals);
