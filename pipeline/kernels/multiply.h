@@ -29,6 +29,8 @@ INLINE void tile(const Packed *layer, const Slab *slab, const void *const *rows,
     if (kind == INT8)
         direct_int8(rows, num_rows, layer, slab->first, slab->step, bits, slab->codes, slab->scale, sums);
 #if HAS_BF16
+    else if (kind == BFLOAT16 && !is_made)
+        direct_bf16(rows, num_rows, slab->first, words, bits, table_bf16(bits), slab->codes, slab->scale, sums);
     else if (kind == BFLOAT16)
         tile_bf16(rows, num_rows, slab->first, slab->step, slab->made, slab->scale, sums, bits == 16);
 #endif
@@ -64,7 +66,7 @@ INLINE void multiply_blocks(const Packed *layer, int64_t expert, int64_t block, 
     const uint16_t *scales = bits < 16 ? layer->scales + place * groups * BLOCK : NULL;
     const int is_plain = kind == BFLOAT16 && bits == 16; // weights which are multiplied where they lie
     const int step = is_plain ? plain_step(layer->inputs) : step_of(layer);
-    const int is_made = kind == BFLOAT16 || (kind == FLOAT32 && num_rows > TILE_ROWS);
+    const int is_made = is_plain || (kind != INT8 && num_rows > TILE_ROWS);
     float made[SLAB * BLOCK] __attribute__((aligned(64))), scale[BLOCK];
     memset(sums, 0, num_rows * sizeof *sums);
     for (int64_t first = 0; first < layer->inputs; first += step) {
@@ -79,7 +81,7 @@ INLINE void multiply_blocks(const Packed *layer, int64_t expert, int64_t block, 
         }
 #if HAS_BF16
         if (is_plain) slab.made = slab.codes;
-        else if (kind == BFLOAT16) slab_bf16(slab.codes, inputs * bits / 32, bits, (uint32_t *)made);
+        else if (kind == BFLOAT16) slab_bf16(slab.codes, inputs * bits / 32, bits, table_bf16(bits), (uint32_t *)made);
         else
 #endif
         slab_f32(slab.codes, inputs * bits / 32, bits, made);

@@ -40,33 +40,44 @@ INLINE void pairs_of_matrix(const Packed *layer, int64_t block, int64_t first, i
 }
 
 #if HAS_BF16
-INLINE void slab_bf16(const uint32_t *codes, int words, const int bits, uint32_t *slab) {
-    const int per_half = 16 / bits;
+// The values of codes of so many bits, for an instruction that looks at five of them.
+INLINE __m512i table_bf16(const int bits) {
     uint16_t entries[32];
-    for (int half = 0; half < 32; half += LANES) { // the instruction looks at five bits, of which `bits` count
+    for (int half = 0; half < 32; half += LANES) {
         vec values;
         for (int index = 0; index < LANES; index++)
             values[index] = ((half + index) & ((1 << bits) - 1)) - (1 << (bits - 1));
         store_bf16(entries + half, values, LANES);
     }
-    const __m512i table = _mm512_loadu_si512(entries);
+    return _mm512_loadu_si512(entries);
+}
+
+// The weights of one word of 16 outputs, not yet scaled, in pairs of inputs.
+INLINE void pairs_of(word_reg code, const int bits, __m512i table, word_reg *pairs) {
+    const int per_half = 16 / bits;
+    if (bits < 8) {
+        for (int place = 0; place < per_half; place++)
+            pairs[place] = (word_reg)_mm512_permutexvar_epi16((__m512i)(code >> (bits * place)), table);
+        return;
+    }
+    // Of 256 values no table: convert, which is exact, and take the upper halves.
+    code ^= 0x80808080u;
+    reg values[4];
+    for (int place = 0; place < 4; place++)
+        values[place] = __builtin_convertvector((int_reg)(code << (24 - 8 * place)) >> 24, reg);
+    for (int place = 0; place < 2; place++)
+        pairs[place] = (word_reg)values[place] >> 16 | (word_reg)values[place + 2];
+}
+
+INLINE void slab_bf16(const uint32_t *codes, int words, const int bits, __m512i table, uint32_t *slab) {
+    const int per_half = 16 / bits;
     for (int word = 0; word < words; word++)
         for (int half = 0; half < BLOCK; half += REGISTER) {
-            word_reg code = *(const word_reg *)(codes + word * BLOCK + half);
+            word_reg pairs[8];
             __builtin_prefetch(codes + word * BLOCK + half + AHEAD);
-            uint32_t *to = slab + word * per_half * BLOCK + half;
-            if (bits < 8) {
-                for (int place = 0; place < per_half; place++)
-                    *(word_reg *)(to + place * BLOCK) =
-                        (word_reg)_mm512_permutexvar_epi16((__m512i)(code >> (bits * place)), table);
-            } else { // of 256 values no table: convert, which is exact, and take the upper halves
-                code ^= 0x80808080u;
-                reg values[4];
-                for (int place = 0; place < 4; place++)
-                    values[place] = __builtin_convertvector((int_reg)(code << (24 - 8 * place)) >> 24, reg);
-                for (int place = 0; place < 2; place++)
-                    *(word_reg *)(to + place * BLOCK) = (word_reg)values[place] >> 16 | (word_reg)values[place + 2];
-            }
+            pairs_of(*(const word_reg *)(codes + word * BLOCK + half), bits, table, pairs);
+            for (int place = 0; place < per_half; place++)
+                *(word_reg *)(slab + (word * per_half + place) * BLOCK + half) = pairs[place];
         }
 }
 
@@ -79,6 +90,13 @@ INLINE void pair_bf16(const void *const *rows, const int num_rows, int64_t pair,
         part[row][0] = _mm512_dpbf16_ps(part[row][0], x, low);
         part[row][1] = _mm512_dpbf16_ps(part[row][1], x, high);
     }
+}
+
+INLINE void add_parts(__m512 (*part)[TILE_ROWS][2], const int num_rows, const float *scale, float (*sums)[BLOCK]) {
+    for (int row = 0; row < num_rows; row++)
+        for (int half = 0; half < 2; half++)
+            add_scaled(sums[row] + REGISTER * half, (reg)(part[0][row][half] + part[1][row][half]),
+                       scale ? scale + REGISTER * half : NULL);
 }
 
 // `far`: the slab lies among the weights, and what follows it is asked for.
@@ -94,9 +112,30 @@ INLINE void tile_bf16(const void *const *rows, const int num_rows, int64_t first
             pair_bf16(rows, num_rows, first / 2 + pair + odd, weights, part[odd]);
         }
     if (pair < step / 2) pair_bf16(rows, num_rows, first / 2 + pair, slab + pair * BLOCK, part[0]);
-    for (int row = 0; row < num_rows; row++)
-        for (int half = 0; half < 2; half++)
-            add_scaled(sums[row] + REGISTER * half, (reg)(part[0][row][half] + part[1][row][half]),
-                       scale ? scale + REGISTER * half : NULL);
+    add_parts(part, num_rows, scale, sums);
+}
+
+// The same sums for the rows of one tile, without a slab: converting hides behind so few products.
+INLINE void direct_bf16(const void *const *rows, const int num_rows, int64_t first, int words, const int bits,
+                        __m512i table, const uint32_t *codes, const float *scale, float (*sums)[BLOCK]) {
+    const int per_half = 16 / bits;
+    __m512 part[2][TILE_ROWS][2] = {};
+    for (int word = 0; word < words; word++) {
+        word_reg pairs[2][8];
+        for (int half = 0; half < 2; half++) {
+            const uint32_t *from = codes + word * BLOCK + half * REGISTER;
+            __builtin_prefetch(from + AHEAD);
+            pairs_of(*(const word_reg *)from, bits, table, pairs[half]);
+        }
+        for (int place = 0; place < per_half; place++)
+            for (int row = 0; row < num_rows; row++) {
+                const int32_t *pair = (const int32_t *)rows[row] + first / 2 + word * per_half + place;
+                __m512bh x = (__m512bh)_mm512_set1_epi32(*pair);
+                for (int half = 0; half < 2; half++)
+                    part[place % 2][row][half] =
+                        _mm512_dpbf16_ps(part[place % 2][row][half], x, (__m512bh)pairs[half][place]);
+            }
+    }
+    add_parts(part, num_rows, scale, sums);
 }
 #endif
