@@ -41,7 +41,14 @@ def in_plain_blocks(weight: Tensor) -> PlainWeight:
 
     Call it only where `is_served`.
     """
+    import torch
+
     num_outputs, num_inputs = weight.shape
+    weight = weight.contiguous()
+    if weight.dtype == torch.bfloat16 and num_inputs % 2 == weight.storage_offset() % 2 == 0:
+        words = place.plain_in_blocks(weight.view(torch.float32), 32)  # two numbers are a word of a block as they lie
+        assert words is not None
+        return PlainWeight(words, num_outputs, 16)
     for bits in (16, 32):
         if num_inputs * bits % 32 == 0:
             blocks = place.plain_in_blocks(weight.float(), bits)
