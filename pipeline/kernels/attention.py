@@ -42,14 +42,14 @@ def attend_one(
 
     query = query.contiguous()
     output = torch.empty_like(query)
-    function = library.attend_bfloat16 if query.dtype == torch.bfloat16 else library.attend_float32
-    failed = function(
+    failed = library.attend_one(
         *(tensor.data_ptr() for tensor in (query, keys, values, starts, lengths)),
         len(query),
         *_shape(query, keys),
         scale,
         sliding_window or 0,
         output.data_ptr(),
+        query.dtype == torch.bfloat16,
         torch.get_num_threads(),
     )
     if failed:  # larger heads than the native code has room for
@@ -117,8 +117,7 @@ def _compiled() -> ctypes.CDLL | None:
     if library is None:
         return None
     pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    one = (*[pointer] * 5, *[number] * 4, real, number, pointer, number)
-    library.attend_float32.argtypes = library.attend_bfloat16.argtypes = one
+    library.attend_one.argtypes = (*[pointer] * 5, *[number] * 4, real, number, pointer, ctypes.c_int, number)
     library.attend_prompts.argtypes = (*[pointer] * 4, *[number] * 4, real, number, pointer, ctypes.c_int, number)
     return library
 

@@ -9,6 +9,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 #define LANES 16
 #define INLINE static inline __attribute__((always_inline))
 
@@ -81,7 +85,7 @@ INLINE void store_any(void *x, int64_t at, vec wide, int64_t count, const int is
 }
 
 // Registers by their true width, for what is computed most: of wider vectors compilers leave copies in memory, and they
-// compare them number by number. `ROWS` of 16 numbers each fit the registers together.
+// compare them number by number. `ROWS` of two registers fit the registers together, with two more and a factor.
 #ifdef __AVX512F__
 #define REGISTER 16 // numbers
 #define ROWS 12
@@ -90,7 +94,7 @@ INLINE void store_any(void *x, int64_t at, vec wide, int64_t count, const int is
 #define ROWS 6
 #else
 #define REGISTER 4
-#define ROWS 3
+#define ROWS 6
 #endif
 typedef float reg __attribute__((vector_size(4 * REGISTER), aligned(4), may_alias));
 typedef int32_t int_reg __attribute__((vector_size(4 * REGISTER), aligned(4), may_alias));
@@ -101,38 +105,59 @@ INLINE reg choose(int_reg condition, reg yes, reg no) {
     return (reg)((condition & (int_reg)yes) | (~condition & (int_reg)no));
 }
 
+// The larger number of each two, the second where one is none; and the smaller.
+INLINE reg larger(reg one, reg other) {
+#ifdef __AVX512F__
+    return (reg)_mm512_max_ps((__m512)one, (__m512)other);
+#elif defined(__AVX2__)
+    return (reg)_mm256_max_ps((__m256)one, (__m256)other);
+#else
+    return choose(one > other, one, other);
+#endif
+}
+
+INLINE reg smaller(reg one, reg other) {
+#ifdef __AVX512F__
+    return (reg)_mm512_min_ps((__m512)one, (__m512)other);
+#elif defined(__AVX2__)
+    return (reg)_mm256_min_ps((__m256)one, (__m256)other);
+#else
+    return choose(one < other, one, other);
+#endif
+}
+
+// The largest of the numbers of a register, and their sum, by halves.
+INLINE float largest(reg x) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps((__m512)x);
+#elif defined(__AVX2__)
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+#else
+    float one = x[0] > x[1] ? x[0] : x[1], other = x[2] > x[3] ? x[2] : x[3];
+    return one > other ? one : other;
+#endif
+}
+
+INLINE float total_of(reg x) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)x);
+#elif defined(__AVX2__)
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
+    return (x[0] + x[1]) + (x[2] + x[3]);
+#endif
+}
+
 // e^x, within 2e-7 of it, for x between -87 and 88, to which it is held; no number stays none.
 INLINE reg exp_register(reg x) {
-    const reg most = (reg){0} + 88.0f, least = (reg){0} - 87.0f;
-    x = choose(x < least, least, choose(x > most, most, x));
+    x = larger((reg){0} - 87.0f, smaller((reg){0} + 88.0f, x));
     reg n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
     reg r = x - n * 0.693359375f + n * 2.12194440e-4f;
     reg p = 8.3333840e-3f + r * 1.3888940e-3f;
     p = 1.0f + r * (1.0f + r * (0.5f + r * (0.16666667f + r * (4.1666668e-2f + r * p))));
     return p * (reg)((__builtin_convertvector(n, int_reg) + 127) << 23);
-}
-
-// Product of small matrices: sums[row][16] += sum over k of a[row * a_stride + k] * b[k * b_stride ...]; each sum in the order of k.
-INLINE void multiply(const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t depth,
-                     const int rows, float (*sums)[LANES]) {
-    reg own[ROWS][LANES / REGISTER];
-#pragma GCC unroll 12
-    for (int row = 0; row < rows; row++)
-#pragma GCC unroll 4
-        for (int i = 0; i < LANES / REGISTER; i++) own[row][i] = *(const reg *)(sums[row] + i * REGISTER);
-    for (int64_t k = 0; k < depth; k++) {
-        reg column[LANES / REGISTER];
-#pragma GCC unroll 4
-        for (int i = 0; i < LANES / REGISTER; i++) column[i] = *(const reg *)(b + k * b_stride + i * REGISTER);
-#pragma GCC unroll 12
-        for (int row = 0; row < rows; row++) {
-            float factor = a[row * a_stride + k];
-#pragma GCC unroll 4
-            for (int i = 0; i < LANES / REGISTER; i++) own[row][i] += factor * column[i];
-        }
-    }
-#pragma GCC unroll 12
-    for (int row = 0; row < rows; row++)
-#pragma GCC unroll 4
-        for (int i = 0; i < LANES / REGISTER; i++) *(reg *)(sums[row] + i * REGISTER) = own[row][i];
 }
