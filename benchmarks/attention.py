@@ -12,7 +12,9 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle
+from typing import Any
 
 import torch
 
@@ -29,13 +31,13 @@ _LEAST_S = 0.4
 Pools = tuple[torch.Tensor, torch.Tensor]
 
 
-def _median_us(attend: Callable[[Pools], object], layers: list[Pools]) -> float:
+def _median_us(attend: Callable[..., object], layers: list[Pools], numbers: tuple[Any, ...]) -> float:
     took: list[float] = []
-    attend(layers[0])
+    attend(*layers[0], *numbers)
     until = time.perf_counter() + _LEAST_S
     for pools in cycle(layers):
         began = time.perf_counter()
-        attend(pools)
+        attend(*pools, *numbers)
         took.append(time.perf_counter() - began)
         if began > until and len(took) >= 5:
             return statistics.median(took) * 1e6
@@ -65,8 +67,7 @@ def main() -> None:
         numbers = (torch.arange(rows) * context, lengths, scale, None)
         query, pools = torch.randn(rows, heads, size).to(dtype), layers(rows * context)
         ours, stock = (
-            _median_us(lambda layer, attend=attend: attend(query, *layer, *numbers), pools)
-            for attend in (attend_one, attend_one_in_torch)
+            _median_us(partial(attend, query), pools, numbers) for attend in (attend_one, attend_one_in_torch)
         )
         speed = rows * context * place_bytes / ours / 1e3
         print(rows, context, f"{ours:.0f}", f"{stock:.0f}", f"{speed:.1f}", sep=" | ")
@@ -75,7 +76,7 @@ def main() -> None:
         spans = torch.tensor([[row * length, length, row * length, 0] for row in range(prompts)])
         query, pools = torch.randn(prompts * length, heads, size).to(dtype), layers(prompts * length)
         ours, stock = (
-            _median_us(lambda layer, attend=attend: attend(query, *layer, spans, scale, None), pools)
+            _median_us(partial(attend, query), pools, (spans, scale, None))
             for attend in (attend_prompts, attend_prompts_in_torch)
         )
         speed = prompts * length * (length + 1) / 2 * heads * size * 4 / ours / 1e3

@@ -160,17 +160,21 @@ def test_scores_are_the_same_bits_in_any_company(name: str, dtype: torch.dtype) 
     own: Any = copy.deepcopy(tiny_model(name)).to(dtype)
     in_blocks = copy.deepcopy(own)
     put_linears_in_blocks(in_blocks)
-    model = fused(own, prompt)
-    alone = scores(model, [[(0, prompt, 0, 40)]])[0]
-    again = scores(fused(in_blocks, prompt), [[(0, prompt, 0, 40)]])[0]
-    assert torch.equal(again, alone), "whatever the layout of its weights"
+    models = [fused(one, prompt) for one in (own, in_blocks)]
+    alone = [scores(model, [[(0, prompt, 0, 40)]])[0] for model in models]
+    if dtype == torch.float32:  # in bfloat16 what follows a product in blocks is rounded once, with it
+        assert torch.equal(*alone), "whatever the layout of its weights"
 
-    @settings(max_examples=4)
-    @given(st.lists(st.sampled_from(others), max_size=6), cut_places, st.integers(0, 7), st.integers(1, 3))
-    def check(neighbours: list[list[int]], cuts: list[int], slot: int, threads: int) -> None:
+    @settings(max_examples=6)
+    @given(
+        *(st.lists(st.sampled_from(others), max_size=6), cut_places, st.integers(0, 7), st.integers(1, 3)),
+        st.sampled_from([0, 1]),
+    )
+    def check(neighbours: list[list[int]], cuts: list[int], slot: int, threads: int, which: int) -> None:
         torch.set_num_threads(threads)
         try:
-            assert torch.equal(scores(model, in_company(prompt, neighbours, cuts, slot))[slot], alone)
+            found = scores(models[which], in_company(prompt, neighbours, cuts, slot))[slot]
+            assert torch.equal(found, alone[which])
         finally:
             torch.set_num_threads(1)
 

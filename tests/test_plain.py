@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import silu
 
-from pipeline.kernels.plain import in_plain_blocks, is_served, matrix_linear, plain_linear
+from pipeline.kernels.plain import in_plain_blocks, is_served, matrix_linear, plain_gated, plain_linear
 from pipeline.loading.packed_modules import PlainLinear, put_linears_in_blocks
 from tests.tiny_models import PACKED, tiny_model
 
@@ -37,6 +38,34 @@ def test_a_layer_multiplies_with_its_weights(rows: int, outputs: int, inputs: in
     assert found.dtype == torch.float32
     sizes = x.abs().double() @ weight.abs().double().T
     assert ((found.double() - x.double() @ weight.double().T).abs() <= 1e-6 * sizes).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.one_of(st.integers(1, 14), st.sampled_from([97, 193])),
+    outputs=st.sampled_from([32, 96, 160]),
+    inputs=st.sampled_from([2, 36, 128, 576]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 1000),
+)
+def test_what_follows_a_product_is_done_to_its_sums(
+    rows: int, outputs: int, inputs: int, dtype: torch.dtype, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    gates, plain = (torch.randn(count, inputs, generator=generator).to(dtype) for count in (2 * outputs, outputs - 3))
+    x = (torch.randn(rows, inputs, generator=generator) / inputs**0.5).to(dtype)
+    residual = torch.randn(rows, outputs - 3, generator=generator).to(dtype)
+    gate, up = (x.double() @ gates.double().T).chunk(2, dim=-1)
+    rounding = max(torch.finfo(dtype).eps, 5e-6)
+    for found, exact in (
+        (plain_gated(x, in_plain_blocks(gates)), silu(gate) * up),
+        (plain_linear(x, in_plain_blocks(plain), residual), x.double() @ plain.double().T + residual.double()),
+    ):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), exact, rtol=rounding, atol=rounding)
+    one = plain_linear(x[-1:], in_plain_blocks(plain), residual[-1:])
+    assert torch.equal(one, plain_linear(x, in_plain_blocks(plain), residual)[-1:])
+    assert torch.equal(plain_gated(x[-1:], in_plain_blocks(gates)), plain_gated(x, in_plain_blocks(gates))[-1:])
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(33, 577), (100, 576), (1, 7), (31, 130), (64, 1)])

@@ -1,8 +1,9 @@
-"""Modules of transformers' models computed in fewer passes: RMS norms, gated MLPs and rotary attention.
+"""Modules of transformers' models computed in fewer passes: RMS norms, gated MLPs, rotary attention, and their layers.
 
 Which modules those are follows from their parts (Llama, Mistral, Qwen and their like), and each is tried on a real
 prompt: one that does not give what the module itself gives is left alone. Weights that are multiplied with the same
-numbers are laid side by side, the module's own becoming views of them, so that one product does for all.
+numbers are laid side by side, the module's own becoming views of them, so that one product does for all. What follows
+a product is done to its sums before they are written: gates, and adding to what a layer was given.
 """
 # pyright: basic
 
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.engines.slot_cache import SlotCache
 from pipeline.kernels import rowwise
 from pipeline.kernels.packed import BLOCK
-from pipeline.kernels.plain import PlainWeight, plain_linear
+from pipeline.kernels.plain import PlainWeight, plain_gated, plain_linear
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,8 @@ _LEAST_ERROR = 1e-5  # of float32 sums in another order
 
 Forward = Callable[..., Any]
 Project = Callable[["torch.Tensor"], Sequence["torch.Tensor"]]
+# Rows [tokens, hidden] to such, plus others of that shape where there are any. Attention takes positions too.
+OnRows = Callable[..., "torch.Tensor"]
 
 
 def fused_forwards(model: torch.nn.Module, cache: SlotCache) -> dict[torch.nn.Module, Forward]:
@@ -31,19 +34,29 @@ def fused_forwards(model: torch.nn.Module, cache: SlotCache) -> dict[torch.nn.Mo
     forwards: dict[torch.nn.Module, Forward] = {}
     if not rowwise.available(next(model.parameters())):
         return forwards
-    for module in model.modules():
+    attentions: dict[torch.nn.Module, OnRows] = {}
+    mlps: dict[torch.nn.Module, OnRows] = {}
+    for module in reversed(list(model.modules())):  # what a module consists of comes before it
         if not _is_served(module):
             continue
-        forward = _norm(module) or _gated_mlp(module) or _attention(module, cache)
-        if forward is not None:
-            forwards[module] = forward
+        if (norm := _norm(module)) is not None:
+            forwards[module] = norm
+        elif (mlp := _gated_mlp(module)) is not None:
+            mlps[module] = mlp
+            forwards[module] = _forward_of_mlp(mlp)
+        elif (attention := _attention(module, cache)) is not None:
+            attentions[module] = attention
+            forwards[module] = _forward_of_attention(attention)
+        elif (layer := _decoder_layer(module, forwards, attentions, mlps)) is not None:
+            forwards[module] = layer
     return forwards
 
 
 def keep_faithful(forwards: dict[torch.nn.Module, Forward], run: Callable[[], Any]) -> dict[torch.nn.Module, Forward]:
     """Those that give what their modules give while `run` has the model compute something.
 
-    Compared are root mean squares: rounding in another order passes, another formula does not.
+    Compared are root mean squares: rounding in another order passes, another formula does not. Who has a part that does
+    not pass does not pass either: beside what a layer was given, an error of its parts would be small.
     """
     import torch
 
@@ -53,6 +66,8 @@ def keep_faithful(forwards: dict[torch.nn.Module, Forward], run: Callable[[], An
         try:
             found = forwards[module](*inputs, **named)
         except Exception:  # noqa: BLE001 - it was not made for this module
+            return
+        if isinstance(found, tuple) != isinstance(output, tuple):
             return
         expected, found = (one[0] if isinstance(one, tuple) else one for one in (output, found))
         if found.shape != expected.shape or found.dtype != expected.dtype:
@@ -65,7 +80,8 @@ def keep_faithful(forwards: dict[torch.nn.Module, Forward], run: Callable[[], An
         for module in forwards:
             stack.callback(module.register_forward_hook(compare, with_kwargs=True).remove)
         run()
-    return faithful
+    unfaithful = forwards.keys() - faithful.keys()
+    return {module: forward for module, forward in faithful.items() if unfaithful.isdisjoint(module.children())}
 
 
 def _is_served(module: Any) -> bool:
@@ -75,13 +91,7 @@ def _is_served(module: Any) -> bool:
 
 
 def _norm(module: Any) -> Forward | None:
-    """RMS norm with one weight, or one more than its weight (Gemma, Qwen3-Next)."""
-    import torch
-
-    weight = getattr(module, "weight", None)
-    if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, torch.Tensor) or weight.dim() != 1:
-        return None
-    found = norm_of(module)
+    found = _rms_norm(module)
     if found is None:
         return None
     scale, epsilon = found
@@ -90,6 +100,16 @@ def _norm(module: Any) -> Forward | None:
         return rowwise.norm(hidden_states, scale, epsilon)
 
     return forward
+
+
+def _rms_norm(module: Any) -> tuple[torch.Tensor, float] | None:
+    """As `norm_of`, of an RMS norm with one weight, or one more than its weight (Gemma, Qwen3-Next)."""
+    import torch
+
+    weight = getattr(module, "weight", None)
+    if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, torch.Tensor) or weight.dim() != 1:
+        return None
+    return norm_of(module)
 
 
 def norm_of(module: Any) -> tuple[torch.Tensor, float] | None:
@@ -112,23 +132,29 @@ def norm_of(module: Any) -> tuple[torch.Tensor, float] | None:
     return None
 
 
-def _gated_mlp(module: Any) -> Forward | None:
+def _gated_mlp(module: Any) -> OnRows | None:
     """down(silu(gate(x)) * up(x))."""
 
     if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
         return None
     if type(module.act_fn).__name__ not in ("SiLUActivation", "SiLU"):
         return None
-    project, down = _side_by_side(module.gate_proj, module.up_proj), module.down_proj
+    gates, down = _gates(module.gate_proj, module.up_proj), _product(module.down_proj)
 
+    def on_rows(rows: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        return down(gates(rows), residual)
+
+    return on_rows
+
+
+def _forward_of_mlp(on_rows: OnRows) -> Forward:
     def forward(hidden_states: torch.Tensor) -> torch.Tensor:
-        gate, up = project(hidden_states.reshape(-1, hidden_states.shape[-1]))
-        return down(rowwise.gated(gate, up)).view(*hidden_states.shape[:-1], -1)
+        return on_rows(hidden_states.reshape(-1, hidden_states.shape[-1]), None).view(*hidden_states.shape[:-1], -1)
 
     return forward
 
 
-def _attention(module: Any, cache: SlotCache) -> Forward | None:
+def _attention(module: Any, cache: SlotCache) -> OnRows | None:
     """Attention with rotary positions and, it may be, norms of its heads."""
 
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "layer_idx", "scaling")
@@ -144,22 +170,76 @@ def _attention(module: Any, cache: SlotCache) -> Forward | None:
     query_norm, key_norm = (None if found is None else found[0] for found in norms)
     epsilon = next((found[1] for found in norms if found is not None), 0.0)
     window = getattr(module, "sliding_window", None)
-    project, output = _side_by_side(module.q_proj, module.k_proj, module.v_proj), module.o_proj
+    project, output = _side_by_side(module.q_proj, module.k_proj, module.v_proj), _product(module.o_proj)
 
-    def forward(
-        hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: Any
-    ) -> tuple[torch.Tensor, None]:
-        query, key, value = project(hidden_states[0])
-        pools = cache.pools(module.layer_idx, key.unflatten(1, (-1, size)), value.unflatten(1, (-1, size)))
+    def on_rows(
+        rows: torch.Tensor, residual: torch.Tensor | None, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        query, key, value = project(rows)
+        num_tokens = rows.shape[0]
+        pools = cache.pools(module.layer_idx, key.view(num_tokens, -1, size), value.view(num_tokens, -1, size))
         step = cache.step
         assert step is not None
         rotated = rowwise.rotate(
             *(query, key, value), position_embeddings, (query_norm, key_norm), epsilon, pools, step.places
         )
         attended = cache.attend_to(rotated, *pools, module.scaling, window)
-        return output(attended.view(1, len(attended), -1)), None
+        return output(attended.view(num_tokens, -1), residual)
+
+    return on_rows
+
+
+def _forward_of_attention(on_rows: OnRows) -> Forward:
+    def forward(
+        hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: Any
+    ) -> tuple[torch.Tensor, None]:
+        return on_rows(hidden_states[0], None, position_embeddings).unsqueeze(0), None
 
     return forward
+
+
+def _decoder_layer(
+    module: Any,
+    forwards: dict[torch.nn.Module, Forward],
+    attentions: dict[torch.nn.Module, OnRows],
+    mlps: dict[torch.nn.Module, OnRows],
+) -> Forward | None:
+    """x = x + attention(norm(x)), then x + mlp(norm(x)), of such an attention and such an MLP."""
+    parts = dict(module.named_children())
+    if parts.keys() != {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}:
+        return None
+    attend, mlp = attentions.get(parts["self_attn"]), mlps.get(parts["mlp"])
+    before, between = (_rms_norm(parts[name]) for name in ("input_layernorm", "post_attention_layernorm"))
+    if any(part not in forwards for part in parts.values()) or not (attend and mlp and before and between):
+        return None
+
+    def forward(
+        hidden_states: torch.Tensor, *_: Any, position_embeddings: tuple[torch.Tensor, torch.Tensor], **__: Any
+    ) -> torch.Tensor:
+        rows = hidden_states[0]
+        rows = attend(rowwise.norm(rows, *before), rows, position_embeddings)
+        return mlp(rowwise.norm(rows, *between), rows).unsqueeze(0)
+
+    return forward
+
+
+def _product(layer: Any) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:
+    """A layer's outputs for rows [rows, inputs], plus others of that shape where there are any."""
+    from pipeline.loading.packed_modules import PlainLinear  # derived from torch's, hence imported here
+
+    if type(layer) is PlainLinear and layer.bias is None and not hasattr(layer, "_hf_hook"):
+        plain = PlainWeight(layer.blocks, layer.out_features, layer.bits)
+        return lambda rows, residual: plain_linear(rows, plain, residual)
+    return lambda rows, residual: layer(rows) if residual is None else residual + layer(rows)
+
+
+def _gates(gate: Any, up: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """silu(gate(x)) * up(x) for rows [rows, inputs]."""
+    plain = _joined_plain(gate, up) if gate.bias is None and up.bias is None else None
+    if plain is not None:
+        return lambda rows: plain_gated(rows, plain)
+    project = _side_by_side(gate, up)
+    return lambda rows: rowwise.gated(*project(rows))
 
 
 def _side_by_side(*layers: Any) -> Project:
@@ -168,8 +248,6 @@ def _side_by_side(*layers: Any) -> Project:
     One product, where they are of one plain kind; packed ones are called one by one.
     """
     import torch
-
-    from pipeline.loading.packed_modules import PlainLinear  # derived from torch's, hence imported here
 
     kinds = {(type(layer), layer.bias is None, hasattr(layer, "_hf_hook")) for layer in layers}
     first: Any = layers[0]
@@ -180,16 +258,27 @@ def _side_by_side(*layers: Any) -> Project:
     if type(first) is torch.nn.Linear and len({layer.weight.dtype for layer in layers}) == 1:
         weight = _joined(layer.weight for layer in layers)
         return lambda rows: torch.nn.functional.linear(rows, weight, bias).split(sizes, dim=-1)
-    in_whole_blocks = type(first) is PlainLinear and not any(size % BLOCK for size in sizes)
-    if in_whole_blocks and len(bits := {layer.bits for layer in layers}) == 1:
-        plain = PlainWeight(_joined(layer.blocks for layer in layers), sum(sizes), bits.pop())
+    plain = _joined_plain(*layers)
+    if plain is None:
+        return lambda rows: [layer(rows) for layer in layers]
 
-        def project(rows: torch.Tensor) -> Sequence[torch.Tensor]:
-            output = plain_linear(rows, plain)
-            return (output if bias is None else output.add_(bias)).split(sizes, dim=-1)
+    def project(rows: torch.Tensor) -> Sequence[torch.Tensor]:
+        output = plain_linear(rows, plain)
+        return (output if bias is None else output.add_(bias)).split(sizes, dim=-1)
 
-        return project
-    return lambda rows: [layer(rows) for layer in layers]
+    return project
+
+
+def _joined_plain(*layers: Any) -> PlainWeight | None:
+    """The weights of several layers as those of one, whose outputs follow each other; None where they cannot be."""
+    from pipeline.loading.packed_modules import PlainLinear  # derived from torch's, hence imported here
+
+    if any(type(layer) is not PlainLinear or hasattr(layer, "_hf_hook") for layer in layers):
+        return None
+    if any(layer.out_features % BLOCK for layer in layers) or len(bits := {layer.bits for layer in layers}) > 1:
+        return None
+    blocks = _joined(layer.blocks for layer in layers)
+    return PlainWeight(blocks, sum(layer.out_features for layer in layers), bits.pop())
 
 
 def _joined(tensors: Iterator[Any]) -> torch.Tensor:

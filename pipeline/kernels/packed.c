@@ -46,10 +46,28 @@ INLINE int64_t run_of(int64_t num_tasks, int num_threads) {
     return run > 1 ? run : 1;
 }
 
-// out[m, N] = x[m, K] times the layer; 0, or 1 where memory ran out. `kind` is that of the rows; x and out are bfloat16
-// if it is, else float32.
-int packed_linear(const Packed *layer, const void *x, int64_t num_rows, void *out, int kind, int num_threads) {
-    const int64_t blocks = num_blocks(layer), value = kind == BFLOAT16 ? 2 : 4, size = row_bytes(layer, kind);
+// silu(gate) * up, in place of gate.
+INLINE void gate_block(float *gates, const float *ups) {
+    reg *gate = (reg *)gates;
+    const reg *up = (const reg *)ups;
+    for (int part = 0; part < BLOCK / REGISTER; part++)
+        gate[part] = gate[part] / (1.0f + exp_register(-gate[part])) * up[part];
+}
+
+// `count` numbers of a block of the residual are added to its sums.
+INLINE void add_block(float *sums, const void *residual, int64_t at, int64_t count, int bf16) {
+    for (int i = 0; i < BLOCK; i += LANES) {
+        const int64_t in_lane = least(LANES, count - i);
+        if (in_lane > 0) store_float(sums + i, load_float(sums + i, LANES) + load_any(residual, at + i, in_lane, bf16), LANES);
+    }
+}
+
+// Rows times a layer, and what becomes of the sums before they are rounded: `gates` takes the first half of the outputs
+// for gates of the second, a multiple of BLOCK each.
+INLINE int multiply_rows(const Packed *layer, const void *x, int64_t num_rows, const void *residual, void *out, int kind,
+                         int num_threads, const int gates) {
+    const int64_t outputs = gates ? layer->outputs / 2 : layer->outputs, blocks = (outputs + BLOCK - 1) / BLOCK;
+    const int64_t value = kind == BFLOAT16 ? 2 : 4, size = row_bytes(layer, kind);
     int64_t chunk = CHUNK;
     while (chunk > LEAST_CHUNK && blocks * ((num_rows + chunk - 1) / chunk) < 4 * num_threads) chunk /= 2;
     const int64_t num_chunks = (num_rows + chunk - 1) / chunk;
@@ -68,18 +86,35 @@ int packed_linear(const Packed *layer, const void *x, int64_t num_rows, void *ou
 #pragma omp for schedule(dynamic, run)
         for (int64_t task = 0; task < blocks * num_chunks; task++) {
             const int64_t block = task / num_chunks, first = task % num_chunks * chunk;
+            const int64_t whole = least(BLOCK, outputs - block * BLOCK);
             const int count = least(chunk, num_rows - first);
             const void *rows[CHUNK];
-            float sums[CHUNK][BLOCK];
+            float sums[1 + gates][CHUNK][BLOCK];
             for (int row = 0; row < count; row++) rows[row] = from + (first + row) * size;
-            multiply_block(layer, 0, block, rows, count, sums);
-            for (int row = 0; row < count; row++)
-                store_sums(sums[row], out, (first + row) * layer->outputs + block * BLOCK,
-                      least(BLOCK, layer->outputs - block * BLOCK), kind == BFLOAT16);
+            multiply_block(layer, 0, block, rows, count, sums[0]);
+            if (gates) multiply_block(layer, 0, block + blocks, rows, count, sums[gates]);
+            for (int row = 0; row < count; row++) {
+                const int64_t at = (first + row) * outputs + block * BLOCK;
+                if (gates) gate_block(sums[0][row], sums[gates][row]);
+                if (residual) add_block(sums[0][row], residual, at, whole, kind == BFLOAT16);
+                store_sums(sums[0][row], out, at, whole, kind == BFLOAT16);
+            }
         }
     }
     free(prepared);
     return 0;
+}
+
+// out[m, N] = x[m, K] times the layer, plus residual[m, N] unless that is NULL; 0, or 1 where memory ran out. `kind` is
+// that of the rows; x, residual and out are bfloat16 if it is, else float32.
+int packed_linear(const Packed *layer, const void *x, int64_t num_rows, const void *residual, void *out, int kind,
+                  int num_threads) {
+    return multiply_rows(layer, x, num_rows, residual, out, kind, num_threads, 0);
+}
+
+// out[m, N / 2] = silu(gate) * up, which are the halves of x[m, K] times the layer, each of whole blocks. Else the same.
+int packed_gated(const Packed *layer, const void *x, int64_t num_rows, void *out, int kind, int num_threads) {
+    return multiply_rows(layer, x, num_rows, NULL, out, kind, num_threads, 1);
 }
 
 // Blocks of outputs that a thread sums up together: of few tokens several, for what an expert has of them follows each
@@ -144,9 +179,7 @@ int packed_experts(const Packed *gate_up, const Packed *down, const void *x, int
                 into(gate_up, expert, block, rows, count, sums[0]);
                 into(gate_up, expert, block + width_blocks, rows, count, sums[1]);
                 for (int row = 0; row < count; row++) {
-                    reg *gate = (reg *)sums[0][row], *up = (reg *)sums[1][row];
-                    for (int part = 0; part < BLOCK / REGISTER; part++)
-                        gate[part] = gate[part] / (1.0f + exp_register(-gate[part])) * up[part];
+                    gate_block(sums[0][row], sums[1][row]);
                     char *to = inner + ((first + row) * width + block * BLOCK) * value;
                     if (kind == BFLOAT16) {
                         uint16_t rounded[BLOCK];

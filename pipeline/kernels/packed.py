@@ -91,36 +91,30 @@ def multiply(
     rows: Tensor,
     out: Tensor,
     *,
+    residual: Tensor | None = None,
+    gates: bool = False,
     int8: bool = False,
     stride: int = 0,
 ) -> None:
-    """out [M, N] = rows [M, K] times one layer, in native code. MemoryError where it has no room.
+    """out [M, N] = rows [M, K] times one layer, plus `residual`, in native code. MemoryError where it has no room.
 
     The layer lies in blocks, or with `scales` None it may lie as torch has it, its rows `stride` numbers apart.
+    `residual` is contiguous, of the shape and type of `out`. With `gates`, out [M, N / 2] is silu of the first half of
+    the product times the second, each half a multiple of 32; there is no residual then.
     """
     import torch
 
     library = native_library()
     assert library is not None
     group = num_inputs if scales is None else num_inputs // scales.shape[-2]
-    failed = library.packed_linear(
-        ctypes.byref(
-            _Packed(
-                codes.data_ptr(),
-                scales.data_ptr() if scales is not None else None,
-                num_outputs,
-                num_inputs,
-                bits,
-                group,
-                stride,
-            )
-        ),
-        rows.data_ptr(),
-        len(rows),
-        out.data_ptr(),
-        _kind(rows, int8=int8),
-        torch.get_num_threads(),
-    )
+    places = (codes.data_ptr(), None if scales is None else scales.data_ptr())
+    layer = ctypes.byref(_Packed(*places, num_outputs, num_inputs, bits, group, stride))
+    how = (out.data_ptr(), _kind(rows, int8=int8), torch.get_num_threads())
+    if gates:
+        failed = library.packed_gated(layer, rows.data_ptr(), rows.shape[0], *how)
+    else:
+        added = None if residual is None else residual.data_ptr()
+        failed = library.packed_linear(layer, rows.data_ptr(), rows.shape[0], added, *how)
     _check(failed)
 
 
@@ -228,7 +222,8 @@ def native_library() -> ctypes.CDLL | None:
     if library is None:
         return None
     layer, pointer, number, switch = ctypes.POINTER(_Packed), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.packed_linear.argtypes = (layer, pointer, number, pointer, switch, switch)
+    library.packed_linear.argtypes = (layer, pointer, number, pointer, pointer, switch, switch)
+    library.packed_gated.argtypes = (layer, pointer, number, pointer, switch, switch)
     library.packed_experts.argtypes = (
         *(layer, layer, pointer, number, pointer, pointer),
         *(number, number, pointer, switch, switch),

@@ -57,9 +57,20 @@ def in_plain_blocks(weight: Tensor) -> PlainWeight:
     raise AssertionError("float32 as it is loses nothing")
 
 
-def plain_linear(x: Tensor, weight: PlainWeight) -> Tensor:
-    """x [..., K] float32 or bfloat16 times the layer: [..., N] in that type. Call it only where `is_served`."""
-    return _rows_times(x, weight.blocks, weight.num_outputs, weight.num_inputs, weight.bits)
+def plain_linear(x: Tensor, weight: PlainWeight, residual: Tensor | None = None) -> Tensor:
+    """x [..., K] float32 or bfloat16 times the layer, plus `residual`: [..., N], both in the type of x.
+
+    The sum with `residual` is rounded once. Call it only where `is_served`.
+    """
+    return _rows_times(x, weight.blocks, weight.num_outputs, weight.num_inputs, weight.bits, residual=residual)
+
+
+def plain_gated(x: Tensor, weight: PlainWeight) -> Tensor:
+    """silu(gate) * up, [..., N / 2] in the type of x, which are the halves of x [..., K] times the layer.
+
+    Rounded once; each half is a multiple of 32. Call it only where `is_served`.
+    """
+    return _rows_times(x, weight.blocks, weight.num_outputs, weight.num_inputs, weight.bits, gates=True)
 
 
 def matrix_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -79,12 +90,32 @@ def matrix_linear(x: Tensor, weight: Tensor) -> Tensor:
     return _rows_times(x, weight, num_outputs, num_inputs, bits_of[weight.dtype], stride=weight.stride(0))
 
 
-def _rows_times(x: Tensor, weight: Tensor, num_outputs: int, num_inputs: int, bits: int, *, stride: int = 0) -> Tensor:
+def _rows_times(
+    x: Tensor,
+    weight: Tensor,
+    num_outputs: int,
+    num_inputs: int,
+    bits: int,
+    *,
+    residual: Tensor | None = None,
+    gates: bool = False,
+    stride: int = 0,
+) -> Tensor:
     import torch
 
     in_pairs = x.dtype == torch.bfloat16 and bits == 16 and num_inputs % 2 == 0 and packed.has_bfloat16()
-    rows = x.reshape(-1, num_inputs).to(torch.bfloat16 if in_pairs else torch.float32).contiguous()
-    out = torch.empty(len(rows), num_outputs, dtype=rows.dtype)
-    if len(rows):
-        packed.multiply(weight, None, num_outputs, num_inputs, bits, rows, out, stride=stride)
-    return out.to(x.dtype).view(*x.shape[:-1], num_outputs)
+    dtype = torch.bfloat16 if in_pairs else torch.float32
+
+    def as_rows(tensor: Tensor, size: int) -> Tensor:  # each call of torch costs as much as a few rows of a small layer
+        rows = tensor if tensor.dim() == 2 else tensor.reshape(-1, size)
+        return (rows if rows.dtype == dtype else rows.to(dtype)).contiguous()
+
+    rows = as_rows(x, num_inputs)
+    out = torch.empty(rows.shape[0], num_outputs // 2 if gates else num_outputs, dtype=dtype)
+    if rows.shape[0]:
+        added = None if residual is None else as_rows(residual, num_outputs)
+        packed.multiply(
+            *(weight, None, num_outputs, num_inputs, bits, rows, out), residual=added, gates=gates, stride=stride
+        )
+    out = out if out.dtype == x.dtype else out.to(x.dtype)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[1])
