@@ -28,6 +28,7 @@ from pipeline import load_job, talk
 from pipeline.tools.contestant import Contestant
 
 HERE = Path(__file__).parent
+_LEAST_SAME = 0.1  # of the answers; in 16 bits a near tie turns most long ones, a wrong model file all
 
 
 @dataclass
@@ -213,13 +214,22 @@ def table(figures: dict[tuple[str, str], Figures], own: str, loads: dict[str, fl
         first = figures[workload, own].durations_s
         ratio = f"{middle / median(first):.2f}" if first and name != own else ""
         occupancy = f"{median(known.occupancies):.1%}" if known.occupancies else ""
-        stock = next((one.answers for key, one in figures.items() if _is_stock(key, workload) and one.answers), [])
-        pairs = list(zip(known.answers, stock, strict=True)) if known.answers and stock else []
-        same = f"{sum(a == b for a, b in pairs)} of {len(pairs)}" if pairs and known.answers is not stock else ""
+        same = same_as_stock(figures, workload, known)
         rate, load = f"{known.num_tokens / middle:.1f}", f"{loads[name]:.1f}"
         lines.append(f"| {workload} | {name} | {rate} | {spread} | {ratio} | {occupancy} | {same} | {load} |")
     lines += [f"\n{name} failed: {why}" for name, why in failures.items() if why]
     return "\n".join(lines)
+
+
+def same_as_stock(figures: dict[tuple[str, str], Figures], workload: str, known: Figures) -> str:
+    """How many answers are stock's to the last token, with a word where hardly any is; empty where there are none."""
+    stock = next((one.answers for key, one in figures.items() if _is_stock(key, workload) and one.answers), [])
+    if not known.answers or not stock or known.answers is stock:
+        return ""
+    pairs = list(zip(known.answers, stock, strict=True))
+    num_same = sum(a == b for a, b in pairs)
+    doubt = "; is it the same model?" if num_same < _LEAST_SAME * len(pairs) else ""
+    return f"{num_same} of {len(pairs)}{doubt}"
 
 
 def _is_stock(key: tuple[str, str], workload: str) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.compare_peers import Figures, Peer, table
+from benchmarks.compare_peers import Figures, Peer, same_as_stock, table
 
 LOADED = """
 import json, sys
@@ -87,3 +87,13 @@ def test_the_table_has_a_row_for_each_and_the_reasons() -> None:
         "",
         "vllm failed: took more than 300 s",
     ]
+
+
+def test_a_peer_that_hardly_ever_says_what_stock_says_is_doubted() -> None:
+    stock = Figures([5.0], 100, answers=[[number] for number in range(20)])
+    for num_same, doubted in ((1, True), (2, False)):
+        known = Figures([3.0], 100, answers=[[number if number < num_same else -1] for number in range(20)])
+        figures = {("chat", "stock:float32"): stock, ("chat", "peer"): known}
+        found = same_as_stock(figures, "chat", known)
+        assert found == f"{num_same} of 20" + "; is it the same model?" * doubted
+        assert same_as_stock(figures, "chat", stock) == ""

@@ -71,8 +71,9 @@ def test_layers_in_blocks_are_one_product_too(bias: bool) -> None:
     assert difference < rounding / 100
     assert len(engine._model._fused) == 11
     assert tokens_of(engine, requests) == expected
-    mlp = model.model.layers[0].mlp
-    assert mlp.gate_proj.blocks.untyped_storage().data_ptr() == mlp.up_proj.blocks.untyped_storage().data_ptr()
+    attention = model.model.layers[0].self_attn
+    one = attention.q_proj.blocks.untyped_storage().data_ptr()
+    assert {layer.blocks.untyped_storage().data_ptr() for layer in (attention.k_proj, attention.v_proj)} == {one}
 
 
 @needs_compiler

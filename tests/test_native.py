@@ -108,3 +108,32 @@ def test_torch_and_a_kernel_share_one_openmp(source: Path) -> None:
         assert library.most() == 5
     finally:
         torch.set_num_threads(before)
+
+
+def test_what_is_compiled_ahead_is_waited_for_and_not_compiled_again(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source.with_name("product.c").write_text(ADD.replace("a + b", "a * b"))
+    compiler, calls = source.with_name("compiler"), source.with_name("calls")
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *version*) ;; *) sleep 0.3; echo "$*" >> ' + str(calls) + ' ;; esac\nexec gcc "$@"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setattr(module, "_HERE", source.parent)
+    module.compile_ahead()
+    assert add(source, 5, 6) == 11
+    assert add(source.with_name("product.c"), 5, 6) == 30
+    assert len(calls.read_text().splitlines()) == 2
+
+
+def test_a_source_that_cannot_be_compiled_ahead_is_told_of_when_it_is_needed(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source.write_text("int add(int a, int b) { return a + ; }\n")
+    monkeypatch.setattr(module, "_HERE", source.parent)
+    module.compile_ahead()
+    library, reason = native.__wrapped__(source)
+    assert library is None
+    assert "error" in reason
+    assert capfd.readouterr().err == ""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pipeline.kernels import packed as module
 from pipeline.kernels import place as placing
 from pipeline.kernels.native import native
-from pipeline.kernels.packed import PackedWeight, dequantize, experts, kernel_in_use, linear
+from pipeline.kernels.packed import PackedWeight, dequantize, experts, gated, kernel_in_use, linear
 from pipeline.kernels.place import in_blocks, place
 from pipeline.loading.autoround_format import PackedLinear, pack_symmetric
 from pipeline.loading.autoround_format import dequantize as dequantize_stored
@@ -104,6 +104,34 @@ def test_int8_rounds_what_goes_in_and_nothing_else(
     assert error(found, x.double() @ exact.T) < 0.03
     for some in (slice(0, 1), slice(rows // 2, rows)):
         assert torch.equal(linear(x[some], weight, int8=True), found[some])
+
+
+@pytest.mark.skipif(module.native_library() is None, reason="no C compiler")
+@settings(max_examples=30)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    bits=st.sampled_from([2, 4, 8]),
+    rows=st.one_of(st.integers(1, 14), st.just(200)),
+    shape=st.sampled_from([(32, 32), (96, 128), (64, 256)]),
+    int8=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_what_follows_a_product_is_done_to_its_sums(
+    dtype: torch.dtype, bits: int, rows: int, shape: tuple[int, int], int8: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    (_, gate), (_, up) = (quantized(generator, *shape, bits=bits, group_size=32) for _ in range(2))
+    x = torch.randn(rows, shape[1], generator=generator).to(dtype)
+    residual = torch.randn(rows, shape[0], generator=generator).to(dtype)
+    # In float32, for nothing is rounded between; what is rounded of x for 8-bit products is the same.
+    first, second = (linear(x.float(), weight, int8=int8).double() for weight in (gate, up))
+    for found, wanted in (
+        (gated(x, gate, up, int8=int8), torch.nn.functional.silu(first) * second),
+        (linear(x, gate, residual, int8=int8), first + residual.double()),
+    ):
+        assert found.dtype == dtype
+        assert error(found, wanted) < ROUNDING[dtype]
+    assert torch.equal(gated(x[-1:], gate, up, int8=int8), gated(x, gate, up, int8=int8)[-1:])
 
 
 def test_int8_experts_round_what_goes_into_either_projection(path: str) -> None:

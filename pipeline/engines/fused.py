@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline.engines.slot_cache import SlotCache
-from pipeline.kernels import rowwise
+from pipeline.kernels import packed, rowwise
 from pipeline.kernels.packed import BLOCK
-from pipeline.kernels.plain import PlainWeight, plain_gated, plain_linear
+from pipeline.kernels.plain import PlainWeight, plain_linear
 
 if TYPE_CHECKING:
     import torch
@@ -225,21 +226,28 @@ def _decoder_layer(
 
 def _product(layer: Any) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:
     """A layer's outputs for rows [rows, inputs], plus others of that shape where there are any."""
-    from pipeline.loading.packed_modules import PlainLinear  # derived from torch's, hence imported here
-
-    if type(layer) is PlainLinear and layer.bias is None and not hasattr(layer, "_hf_hook"):
-        plain = PlainWeight(layer.blocks, layer.out_features, layer.bits)
-        return lambda rows, residual: plain_linear(rows, plain, residual)
+    if _in_blocks(layer):
+        return layer.plus
     return lambda rows, residual: layer(rows) if residual is None else residual + layer(rows)
 
 
 def _gates(gate: Any, up: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """silu(gate(x)) * up(x) for rows [rows, inputs]."""
-    plain = _joined_plain(gate, up) if gate.bias is None and up.bias is None else None
-    if plain is not None:
-        return lambda rows: plain_gated(rows, plain)
+    if _in_blocks(gate) and _in_blocks(up) and gate.form == up.form:
+        return partial(gate.gates, up)
     project = _side_by_side(gate, up)
     return lambda rows: rowwise.gated(*project(rows))
+
+
+def _in_blocks(layer: Any) -> bool:
+    """Whether native code multiplies with it, and nothing else is done to its outputs."""
+    from pipeline.loading.packed_modules import (
+        PlainLinear,
+        QuantizedLinear,
+    )  # derived from torch's, hence imported here
+
+    is_ours = isinstance(layer, PlainLinear | QuantizedLinear) and layer.bias is None
+    return is_ours and not hasattr(layer, "_hf_hook") and packed.native_library() is not None
 
 
 def _side_by_side(*layers: Any) -> Project:
@@ -248,6 +256,8 @@ def _side_by_side(*layers: Any) -> Project:
     One product, where they are of one plain kind; packed ones are called one by one.
     """
     import torch
+
+    from pipeline.loading.packed_modules import PlainLinear  # derived from torch's, hence imported here
 
     kinds = {(type(layer), layer.bias is None, hasattr(layer, "_hf_hook")) for layer in layers}
     first: Any = layers[0]
@@ -258,27 +268,16 @@ def _side_by_side(*layers: Any) -> Project:
     if type(first) is torch.nn.Linear and len({layer.weight.dtype for layer in layers}) == 1:
         weight = _joined(layer.weight for layer in layers)
         return lambda rows: torch.nn.functional.linear(rows, weight, bias).split(sizes, dim=-1)
-    plain = _joined_plain(*layers)
-    if plain is None:
-        return lambda rows: [layer(rows) for layer in layers]
+    in_whole_blocks = type(first) is PlainLinear and not any(size % BLOCK for size in sizes)
+    if in_whole_blocks and len(bits := {layer.bits for layer in layers}) == 1:
+        plain = PlainWeight(_joined(layer.blocks for layer in layers), sum(sizes), bits.pop())
 
-    def project(rows: torch.Tensor) -> Sequence[torch.Tensor]:
-        output = plain_linear(rows, plain)
-        return (output if bias is None else output.add_(bias)).split(sizes, dim=-1)
+        def project(rows: torch.Tensor) -> Sequence[torch.Tensor]:
+            output = plain_linear(rows, plain)
+            return (output if bias is None else output.add_(bias)).split(sizes, dim=-1)
 
-    return project
-
-
-def _joined_plain(*layers: Any) -> PlainWeight | None:
-    """The weights of several layers as those of one, whose outputs follow each other; None where they cannot be."""
-    from pipeline.loading.packed_modules import PlainLinear  # derived from torch's, hence imported here
-
-    if any(type(layer) is not PlainLinear or hasattr(layer, "_hf_hook") for layer in layers):
-        return None
-    if any(layer.out_features % BLOCK for layer in layers) or len(bits := {layer.bits for layer in layers}) > 1:
-        return None
-    blocks = _joined(layer.blocks for layer in layers)
-    return PlainWeight(blocks, sum(layer.out_features for layer in layers), bits.pop())
+        return project
+    return lambda rows: [layer(rows) for layer in layers]
 
 
 def _joined(tensors: Iterator[Any]) -> torch.Tensor:

@@ -13,6 +13,8 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
+from collections import defaultdict
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +25,8 @@ from pipeline.errors import NotFoundError
 _COMPILERS = ("cc", "gcc", "clang")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-std=gnu11")
 _TIMEOUT_S = 120
+_HERE = Path(__file__).parent
+_locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # one for each source
 _CPU_FIELDS = ("model name", "flags", "Features", "CPU part")  # of /proc/cpuinfo: what -march=native looks at
 
 
@@ -31,6 +35,17 @@ class Native(NamedTuple):
 
     library: ctypes.CDLL | None
     reason: str
+
+
+def compile_ahead() -> None:
+    """Begin to compile the kernels that are not yet, beside whatever is done meanwhile; `native` waits for its own."""
+    for source in _HERE.glob("*.c"):
+        threading.Thread(target=_compile_quietly, args=(source,), daemon=True).start()
+
+
+def _compile_quietly(source: Path) -> None:
+    with contextlib.suppress(OSError, NotFoundError, subprocess.SubprocessError):  # `native` will tell
+        _compiled(source, _directory())
 
 
 @cache
@@ -42,7 +57,7 @@ def native(source: Path) -> Native:
     (`torch.get_num_threads()`).
     """
     try:
-        return Native(_library(source, cache_directory() / "kernels"), "")
+        return Native(_library(source, _directory()), "")
     except (OSError, NotFoundError, subprocess.SubprocessError) as error:
         reason = str(error)
         if isinstance(error, subprocess.CalledProcessError):
@@ -50,25 +65,38 @@ def native(source: Path) -> Native:
         return Native(None, reason)
 
 
+def _directory() -> Path:
+    return cache_directory() / "kernels"
+
+
 def _library(source: Path, directory: Path) -> ctypes.CDLL:
+    compiled = _compiled(source, directory)
+    try:
+        return ctypes.CDLL(str(compiled))
+    except OSError:  # cut short by a crash: made anew
+        compiled.unlink(missing_ok=True)
+        return ctypes.CDLL(str(_compiled(source, directory)))
+
+
+def _compiled(source: Path, directory: Path) -> Path:
+    """The file of the library; made unless it is there."""
     compiler = next(filter(None, map(shutil.which, [os.environ.get("CC") or "", *_COMPILERS])), None)
     if compiler is None:
         raise NotFoundError("there is no C compiler (cc, gcc or clang)")
     compiled = directory / f"{source.stem}-{_key(source, compiler)}.so"
-    if compiled.exists():
-        with contextlib.suppress(OSError):  # cut short by a crash: made anew
-            return ctypes.CDLL(str(compiled))
-    directory.mkdir(parents=True, exist_ok=True)
-    # Whoever compiles at the same time writes another file; the last to finish replaces like with like.
-    handle, unfinished = tempfile.mkstemp(prefix=compiled.stem, suffix=".unfinished", dir=directory)
-    os.close(handle)
-    try:
-        command = [compiler, *_FLAGS, str(source), "-o", unfinished, "-lm"]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_S)
-        Path(unfinished).replace(compiled)
-    finally:
-        Path(unfinished).unlink(missing_ok=True)
-    return ctypes.CDLL(str(compiled))
+    with _locks[source.name]:
+        if not compiled.exists():
+            directory.mkdir(parents=True, exist_ok=True)
+            # Another process that compiles at the same time writes another file; the last replaces like with like.
+            handle, unfinished = tempfile.mkstemp(prefix=compiled.stem, suffix=".unfinished", dir=directory)
+            os.close(handle)
+            try:
+                command = [compiler, *_FLAGS, str(source), "-o", unfinished, "-lm"]
+                subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_S)
+                Path(unfinished).replace(compiled)
+            finally:
+                Path(unfinished).unlink(missing_ok=True)
+    return compiled
 
 
 @cache

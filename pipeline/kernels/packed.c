@@ -62,12 +62,11 @@ INLINE void add_block(float *sums, const void *residual, int64_t at, int64_t cou
     }
 }
 
-// Rows times a layer, and what becomes of the sums before they are rounded: `gates` takes the first half of the outputs
-// for gates of the second, a multiple of BLOCK each.
-INLINE int multiply_rows(const Packed *layer, const void *x, int64_t num_rows, const void *residual, void *out, int kind,
-                         int num_threads, const int gates) {
-    const int64_t outputs = gates ? layer->outputs / 2 : layer->outputs, blocks = (outputs + BLOCK - 1) / BLOCK;
-    const int64_t value = kind == BFLOAT16 ? 2 : 4, size = row_bytes(layer, kind);
+// Rows times a layer, and what becomes of the sums before they are rounded. With `up`, a layer of the same form, its sums
+// are multiplied with silu of the first.
+INLINE int multiply_rows(const Packed *layer, const Packed *up, const void *x, int64_t num_rows, const void *residual,
+                         void *out, int kind, int num_threads, const int has_up) {
+    const int64_t blocks = num_blocks(layer), value = kind == BFLOAT16 ? 2 : 4, size = row_bytes(layer, kind);
     int64_t chunk = CHUNK;
     while (chunk > LEAST_CHUNK && blocks * ((num_rows + chunk - 1) / chunk) < 4 * num_threads) chunk /= 2;
     const int64_t num_chunks = (num_rows + chunk - 1) / chunk;
@@ -86,16 +85,16 @@ INLINE int multiply_rows(const Packed *layer, const void *x, int64_t num_rows, c
 #pragma omp for schedule(dynamic, run)
         for (int64_t task = 0; task < blocks * num_chunks; task++) {
             const int64_t block = task / num_chunks, first = task % num_chunks * chunk;
-            const int64_t whole = least(BLOCK, outputs - block * BLOCK);
+            const int64_t whole = least(BLOCK, layer->outputs - block * BLOCK);
             const int count = least(chunk, num_rows - first);
             const void *rows[CHUNK];
-            float sums[1 + gates][CHUNK][BLOCK];
+            float sums[1 + has_up][CHUNK][BLOCK];
             for (int row = 0; row < count; row++) rows[row] = from + (first + row) * size;
             multiply_block(layer, 0, block, rows, count, sums[0]);
-            if (gates) multiply_block(layer, 0, block + blocks, rows, count, sums[gates]);
+            if (has_up) multiply_block(up, 0, block, rows, count, sums[has_up]);
             for (int row = 0; row < count; row++) {
-                const int64_t at = (first + row) * outputs + block * BLOCK;
-                if (gates) gate_block(sums[0][row], sums[gates][row]);
+                const int64_t at = (first + row) * layer->outputs + block * BLOCK;
+                if (has_up) gate_block(sums[0][row], sums[has_up][row]);
                 if (residual) add_block(sums[0][row], residual, at, whole, kind == BFLOAT16);
                 store_sums(sums[0][row], out, at, whole, kind == BFLOAT16);
             }
@@ -109,12 +108,13 @@ INLINE int multiply_rows(const Packed *layer, const void *x, int64_t num_rows, c
 // that of the rows; x, residual and out are bfloat16 if it is, else float32.
 int packed_linear(const Packed *layer, const void *x, int64_t num_rows, const void *residual, void *out, int kind,
                   int num_threads) {
-    return multiply_rows(layer, x, num_rows, residual, out, kind, num_threads, 0);
+    return multiply_rows(layer, NULL, x, num_rows, residual, out, kind, num_threads, 0);
 }
 
-// out[m, N / 2] = silu(gate) * up, which are the halves of x[m, K] times the layer, each of whole blocks. Else the same.
-int packed_gated(const Packed *layer, const void *x, int64_t num_rows, void *out, int kind, int num_threads) {
-    return multiply_rows(layer, x, num_rows, NULL, out, kind, num_threads, 1);
+// out[m, N] = silu(x times gate) * (x times up), two layers of one form. Else the same.
+int packed_gated(const Packed *gate, const Packed *up, const void *x, int64_t num_rows, void *out, int kind,
+                 int num_threads) {
+    return multiply_rows(gate, up, x, num_rows, NULL, out, kind, num_threads, 1);
 }
 
 // Blocks of outputs that a thread sums up together: of few tokens several, for what an expert has of them follows each

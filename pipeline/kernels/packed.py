@@ -65,8 +65,8 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     return scaled.flatten(-3, -2).transpose(-2, -1).flatten(-3, -2).to(dtype)
 
 
-def linear(x: Tensor, weight: PackedWeight, *, int8: bool = False) -> Tensor:
-    """x [..., K] times the layer: [..., N] in the type of x, which is any floating one.
+def linear(x: Tensor, weight: PackedWeight, residual: Tensor | None = None, *, int8: bool = False) -> Tensor:
+    """x [..., K] times the layer, plus `residual`: [..., N], both in the type of x, which is any floating one.
 
     With `int8` x is rounded first, each 128 inputs of a row to whole numbers up to 127 times a scale.
     """
@@ -74,48 +74,80 @@ def linear(x: Tensor, weight: PackedWeight, *, int8: bool = False) -> Tensor:
 
     library = native_library() if x.device.type == "cpu" else None
     if library is None or not x.numel():
-        return torch.nn.functional.linear(_rounded(x, weight) if int8 else x, dequantize(weight, x.dtype))
-    rows = _rows(library, x.reshape(-1, weight.num_inputs), int8=int8)
-    out = torch.empty(len(rows), weight.num_outputs, dtype=rows.dtype)
-    layer = (weight.codes, weight.scales, weight.num_outputs, weight.num_inputs, weight.bits)
-    multiply(*layer, rows, out, int8=int8)
-    return out.to(x.dtype).view(*x.shape[:-1], -1)
+        out = torch.nn.functional.linear(_rounded(x, weight) if int8 else x, dequantize(weight, x.dtype))
+        return out if residual is None else residual + out
+    return multiply(x, _layer(weight), _row_type(library, x, int8=int8), residual=residual, int8=int8)
+
+
+def gated(x: Tensor, gate: PackedWeight, up: PackedWeight, *, int8: bool = False) -> Tensor:
+    """silu(x times gate) * (x times up), [..., N] in the type of x [..., K].
+
+    The two have the same numbers of inputs and outputs, bits and groups. Call it only where there is native code.
+    """
+    library = native_library()
+    assert library is not None
+    return multiply(x, _layer(gate), _row_type(library, x, int8=int8), up=_layer(up), int8=int8)
+
+
+class Layer(NamedTuple):
+    """A layer for native code: in blocks, or as torch has it, its rows `stride` numbers apart."""
+
+    codes: Tensor
+    scales: Tensor | None  # None for plain weights
+    num_outputs: int
+    num_inputs: int
+    bits: int
+    stride: int = 0
+
+    def described(self) -> Any:
+        group = self.num_inputs if self.scales is None else self.num_inputs // self.scales.shape[-2]
+        places = (self.codes.data_ptr(), None if self.scales is None else self.scales.data_ptr())
+        return ctypes.byref(_Packed(*places, self.num_outputs, self.num_inputs, self.bits, group, self.stride))
 
 
 def multiply(
-    codes: Tensor,
-    scales: Tensor | None,
-    num_outputs: int,
-    num_inputs: int,
-    bits: int,
-    rows: Tensor,
-    out: Tensor,
+    x: Tensor,
+    layer: Layer,
+    row_type: torch.dtype,
     *,
     residual: Tensor | None = None,
-    gates: bool = False,
+    up: Layer | None = None,
     int8: bool = False,
-    stride: int = 0,
-) -> None:
-    """out [M, N] = rows [M, K] times one layer, plus `residual`, in native code. MemoryError where it has no room.
+) -> Tensor:
+    """x [..., K] times one layer, plus `residual`, [..., N] in the type of x; in native code, rows being of `row_type`.
 
-    The layer lies in blocks, or with `scales` None it may lie as torch has it, its rows `stride` numbers apart.
-    `residual` is contiguous, of the shape and type of `out`. With `gates`, out [M, N / 2] is silu of the first half of
-    the product times the second, each half a multiple of 32; there is no residual then.
+    With `up`, a layer of the same form, silu of the product times that with `up`, and no residual. What follows the
+    product is done before rounding. MemoryError where there is no room.
     """
     import torch
 
     library = native_library()
     assert library is not None
-    group = num_inputs if scales is None else num_inputs // scales.shape[-2]
-    places = (codes.data_ptr(), None if scales is None else scales.data_ptr())
-    layer = ctypes.byref(_Packed(*places, num_outputs, num_inputs, bits, group, stride))
+
+    def as_rows(tensor: Tensor, size: int) -> Tensor:  # each call of torch costs as much as a few rows of a small layer
+        rows = tensor if tensor.dim() == 2 else tensor.reshape(-1, size)
+        return (rows if rows.dtype == row_type else rows.to(row_type)).contiguous()
+
+    rows = as_rows(x, layer.num_inputs)
+    num_rows = rows.shape[0]
+    out = torch.empty(num_rows, layer.num_outputs, dtype=row_type)
     how = (out.data_ptr(), _kind(rows, int8=int8), torch.get_num_threads())
-    if gates:
-        failed = library.packed_gated(layer, rows.data_ptr(), rows.shape[0], *how)
+    if not num_rows:
+        failed = 0
+    elif up is not None:
+        failed = library.packed_gated(layer.described(), up.described(), rows.data_ptr(), num_rows, *how)
+    elif residual is not None:
+        added = as_rows(residual, layer.num_outputs)
+        failed = library.packed_linear(layer.described(), rows.data_ptr(), num_rows, added.data_ptr(), *how)
     else:
-        added = None if residual is None else residual.data_ptr()
-        failed = library.packed_linear(layer, rows.data_ptr(), rows.shape[0], added, *how)
+        failed = library.packed_linear(layer.described(), rows.data_ptr(), num_rows, None, *how)
     _check(failed)
+    out = out if row_type == x.dtype else out.to(x.dtype)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], layer.num_outputs)
+
+
+def _layer(weight: PackedWeight) -> Layer:
+    return Layer(weight.codes, weight.scales, weight.num_outputs, weight.num_inputs, weight.bits)
 
 
 def experts(
@@ -136,12 +168,12 @@ def experts(
     library = native_library() if x.device.type == "cpu" else None
     if library is None or not x.numel():
         return _experts_in_torch(x, chosen, weights, gate_up, down, int8=int8)
-    rows, top_k = _rows(library, x, int8=int8), chosen.shape[-1]
+    rows, top_k = x.to(_row_type(library, x, int8=int8)).contiguous(), chosen.shape[-1]
     chosen, weights = chosen.to(torch.int64).contiguous(), weights.to(torch.float32).contiguous()
     out = torch.empty_like(rows)
     failed = library.packed_experts(
-        _described(gate_up),
-        _described(down),
+        _layer(gate_up).described(),
+        _layer(down).described(),
         rows.data_ptr(),
         len(rows),
         chosen.data_ptr(),
@@ -223,25 +255,12 @@ def native_library() -> ctypes.CDLL | None:
         return None
     layer, pointer, number, switch = ctypes.POINTER(_Packed), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.packed_linear.argtypes = (layer, pointer, number, pointer, pointer, switch, switch)
-    library.packed_gated.argtypes = (layer, pointer, number, pointer, switch, switch)
+    library.packed_gated.argtypes = (layer, layer, pointer, number, pointer, switch, switch)
     library.packed_experts.argtypes = (
         *(layer, layer, pointer, number, pointer, pointer),
         *(number, number, pointer, switch, switch),
     )
     return library
-
-
-def _described(weight: PackedWeight) -> Any:
-    return ctypes.byref(
-        _Packed(
-            weight.codes.data_ptr(),
-            weight.scales.data_ptr(),
-            weight.num_outputs,
-            weight.num_inputs,
-            weight.bits,
-            weight.group_size,
-        )
-    )
 
 
 def _kind(rows: Tensor, *, int8: bool) -> int:
@@ -250,12 +269,12 @@ def _kind(rows: Tensor, *, int8: bool) -> int:
     return _INT8 if int8 else _BFLOAT16 if rows.dtype == torch.bfloat16 else _FLOAT32
 
 
-def _rows(library: ctypes.CDLL, x: Tensor, *, int8: bool) -> Tensor:
-    """In the type that the kernel takes."""
+def _row_type(library: ctypes.CDLL, x: Tensor, *, int8: bool) -> torch.dtype:
+    """What the kernel takes x in."""
     import torch
 
     has_bf16 = x.dtype == torch.bfloat16 and not int8 and library.packed_has_bf16()
-    return x.to(torch.bfloat16 if has_bf16 else torch.float32).contiguous()
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def _check(failed: int) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pipeline.kernels import packed, place
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -62,15 +63,17 @@ def plain_linear(x: Tensor, weight: PlainWeight, residual: Tensor | None = None)
 
     The sum with `residual` is rounded once. Call it only where `is_served`.
     """
-    return _rows_times(x, weight.blocks, weight.num_outputs, weight.num_inputs, weight.bits, residual=residual)
+    layer = _layer(weight)
+    return packed.multiply(x, layer, _row_type(x, layer), residual=residual)
 
 
-def plain_gated(x: Tensor, weight: PlainWeight) -> Tensor:
-    """silu(gate) * up, [..., N / 2] in the type of x, which are the halves of x [..., K] times the layer.
+def plain_gated(x: Tensor, gate: PlainWeight, up: PlainWeight) -> Tensor:
+    """silu(x times gate) * (x times up), [..., N] in the type of x [..., K], rounded once.
 
-    Rounded once; each half is a multiple of 32. Call it only where `is_served`.
+    The two are of one shape and as many bits. Call it only where `is_served`.
     """
-    return _rows_times(x, weight.blocks, weight.num_outputs, weight.num_inputs, weight.bits, gates=True)
+    layer = _layer(gate)
+    return packed.multiply(x, layer, _row_type(x, layer), up=_layer(up))
 
 
 def matrix_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -87,35 +90,16 @@ def matrix_linear(x: Tensor, weight: Tensor) -> Tensor:
     if weight.stride(1) != 1 or weight.stride(0) < 1:
         weight = weight.contiguous()
     num_outputs, num_inputs = weight.shape
-    return _rows_times(x, weight, num_outputs, num_inputs, bits_of[weight.dtype], stride=weight.stride(0))
+    layer = packed.Layer(weight, None, num_outputs, num_inputs, bits_of[weight.dtype], weight.stride(0))
+    return packed.multiply(x, layer, _row_type(x, layer))
 
 
-def _rows_times(
-    x: Tensor,
-    weight: Tensor,
-    num_outputs: int,
-    num_inputs: int,
-    bits: int,
-    *,
-    residual: Tensor | None = None,
-    gates: bool = False,
-    stride: int = 0,
-) -> Tensor:
+def _layer(weight: PlainWeight) -> packed.Layer:
+    return packed.Layer(weight.blocks, None, weight.num_outputs, weight.num_inputs, weight.bits)
+
+
+def _row_type(x: Tensor, layer: packed.Layer) -> torch.dtype:
     import torch
 
-    in_pairs = x.dtype == torch.bfloat16 and bits == 16 and num_inputs % 2 == 0 and packed.has_bfloat16()
-    dtype = torch.bfloat16 if in_pairs else torch.float32
-
-    def as_rows(tensor: Tensor, size: int) -> Tensor:  # each call of torch costs as much as a few rows of a small layer
-        rows = tensor if tensor.dim() == 2 else tensor.reshape(-1, size)
-        return (rows if rows.dtype == dtype else rows.to(dtype)).contiguous()
-
-    rows = as_rows(x, num_inputs)
-    out = torch.empty(rows.shape[0], num_outputs // 2 if gates else num_outputs, dtype=dtype)
-    if rows.shape[0]:
-        added = None if residual is None else as_rows(residual, num_outputs)
-        packed.multiply(
-            *(weight, None, num_outputs, num_inputs, bits, rows, out), residual=added, gates=gates, stride=stride
-        )
-    out = out if out.dtype == x.dtype else out.to(x.dtype)
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[1])
+    in_pairs = x.dtype == torch.bfloat16 and layer.bits == 16 and layer.num_inputs % 2 == 0 and packed.has_bfloat16()
+    return torch.bfloat16 if in_pairs else torch.float32

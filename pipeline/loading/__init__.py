@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import MachineError, NotFoundError, Problem, SpecError
 from pipeline.facts.checkpoint import Checkpoint, open_checkpoint
+from pipeline.kernels.native import compile_ahead
 from pipeline.loading.packed import load_packed, use_plain_kernel
 from pipeline.loading.quiet import quiet_libraries
 from pipeline.loading.stock import load_stock
@@ -62,6 +63,7 @@ def load_model(plan: Plan, *, show_progress: bool = False, report: Callable[[str
     started = time.monotonic()
     checkpoint = _open(plan)
     apply_environment(plan)
+    compile_ahead()  # while libraries are imported, which takes one core
     import torch
 
     torch.set_num_threads(plan.num_threads)

@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
-from pipeline.kernels.packed import PackedWeight, experts, linear
-from pipeline.kernels.plain import PlainWeight, in_plain_blocks, plain_linear
+from pipeline.kernels.packed import PackedWeight, experts, gated, linear
+from pipeline.kernels.plain import PlainWeight, in_plain_blocks, plain_gated, plain_linear
 from pipeline.loading.expert_stream import ExpertStream
 from pipeline.loading.weight_files import WeightShape
 from pipeline.loading.weight_source import LayerWeights
@@ -30,9 +30,26 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scales", weight.scales)
         self.bias = bias
 
+    @property
+    def weight_in_blocks(self) -> PackedWeight:
+        return PackedWeight(self.codes, self.scales, self.bits)
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What two layers whose products are combined have in common."""
+        return type(self), self.codes.shape, self.scales.shape, self.bits, self.int8
+
     def forward(self, x: Tensor) -> Tensor:
-        out = linear(x, PackedWeight(self.codes, self.scales, self.bits), int8=self.int8)
+        out = linear(x, self.weight_in_blocks, int8=self.int8)
         return out if self.bias is None else out + self.bias
+
+    def plus(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """x times the weights, without bias, plus `residual`."""
+        return linear(x, self.weight_in_blocks, residual, int8=self.int8)
+
+    def gates(self, up: QuantizedLinear, x: Tensor) -> Tensor:
+        """silu of x times the weights, times x times those of `up`, a layer of the same form; on a CPU."""
+        return gated(x, self.weight_in_blocks, up.weight_in_blocks, int8=self.int8)
 
 
 class PlainLinear(nn.Module):
@@ -46,9 +63,26 @@ class PlainLinear(nn.Module):
         self.register_buffer("blocks", weight.blocks)
         self.bias = bias
 
+    @property
+    def weight_in_blocks(self) -> PlainWeight:
+        return PlainWeight(self.blocks, self.out_features, self.bits)
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What two layers whose products are combined have in common."""
+        return type(self), self.blocks.shape, self.out_features, self.bits
+
     def forward(self, x: Tensor) -> Tensor:
-        out = plain_linear(x, PlainWeight(self.blocks, self.out_features, self.bits))
+        out = plain_linear(x, self.weight_in_blocks)
         return out if self.bias is None else out.add_(self.bias)
+
+    def plus(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """x times the weights, without bias, plus `residual`."""
+        return plain_linear(x, self.weight_in_blocks, residual)
+
+    def gates(self, up: PlainLinear, x: Tensor) -> Tensor:
+        """silu of x times the weights, times x times those of `up`, a layer of the same form."""
+        return plain_gated(x, self.weight_in_blocks, up.weight_in_blocks)
 
 
 def put_linears_in_blocks(model: nn.Module) -> None:
