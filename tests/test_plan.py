@@ -444,3 +444,18 @@ def test_deterministic_weights_do_not_depend_on_what_memory_is_free() -> None:
     with pytest.raises(MachineError):
         make_plan(asked, crowded, model)
     assert make_plan(job(load_strategy="no-gpu"), crowded, model).weights == "packed"
+
+
+def test_a_head_that_is_the_embedding_too_is_counted_again_where_it_is_put_in_blocks() -> None:
+    tied, apart = facts(tie_word_embeddings=True), facts()
+    size = 128256 * 4096
+    for where, kernel, value_bytes in (
+        (machine(), True, 4),
+        (machine(cpu_features=frozenset({"avx512_bf16"})), True, 2),
+        (machine(cpu_features=frozenset({"avx512_bf16", "amx_bf16"})), False, 2),
+        (machine(64, 24), False, 2),
+    ):
+        plan = make_plan(job(), where, tied)
+        assert plan.plain_kernel == kernel
+        assert needs(plan, "host").get("head in blocks", 0) == (size * value_bytes if kernel else 0)
+        assert "head in blocks" not in needs(make_plan(job(), where, apart), "host")

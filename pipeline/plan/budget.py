@@ -33,6 +33,7 @@ STREAM_BUFFERS = 2  # layers in memory of those that are read for every pass: on
 _LIBRARIES = "libraries"
 _LOADING = "loading"
 _BEING_READ = "experts being read"
+_HEAD_IN_BLOCKS = "head in blocks"
 _CACHE = "context cache"
 _STATE = "recurrent state"
 _WORK = "working memory"
@@ -48,6 +49,7 @@ class Placement:
     main_gpu: int = 0  # with no-gpu none is used
     expert_layers_on_gpus: tuple[int, ...] = ()  # for each GPU; but for packed ones, experts are where all the rest is
     num_streamed_layers: int = 0  # of which the experts are read from disk for every pass
+    plain_kernel: bool = False  # unquantized layers lie in blocks, for our kernel
 
     @property
     def on_gpu(self) -> bool:
@@ -116,6 +118,9 @@ def weight_needs(facts: ModelFacts, placement: Placement) -> list[Need]:
             needs += _expert_needs(facts, placement)
         else:
             needs.append(Need(placement.device, part.name, placement.bytes_of(part)))
+    if placement.plain_kernel and facts.architecture.tied_embeddings:  # rows are looked up where they lie as stored
+        shape = facts.architecture
+        needs.append(Need(HOST, _HEAD_IN_BLOCKS, shape.vocab_size * shape.hidden_size * placement.value_bytes))
     needs.append(Need(HOST, _LOADING, _loading_bytes(facts, placement)))
     needs.append(Need(HOST, _LIBRARIES, _RUNTIME_BYTES + (_CUDA_HOST_BYTES if placement.on_gpu else 0)))
     needs += [Need(gpu_device(gpu), _LIBRARIES, _CUDA_BYTES) for gpu in placement.gpus]

@@ -107,6 +107,20 @@ class Placer:
             return "bfloat16", "half the memory of float32, and this CPU has instructions for it"
         return "float32", "this CPU has no bf16 instructions, and emulated they are slower than float32"
 
+    def plain_kernel(self, strategy: LoadStrategy) -> tuple[bool, str]:
+        """Whether our kernel multiplies what is not quantized, and why."""
+        if strategy != "no-gpu":
+            return False, "its products use this device's own instructions for the type"
+        if self.dtype(strategy)[0] == "float32":
+            reason = "float32 sums over weights that stay bfloat16 where they are, which halves what a step reads"
+        elif self.machine.has_bf16_vectors_only:
+            reason = "weights lie as this CPU multiplies bfloat16, which torch would arrange anew for every product"
+        elif self.spec.generation.deterministic:
+            reason = "each row is summed in one order, which torch's products for the type do not promise"
+        else:
+            return False, "its products use this CPU's own instructions for the type"
+        return True, f"{reason}; torch where there is no compiler"
+
     def place(self, strategy: LoadStrategy) -> Fit:
         """The best placement of a strategy; it may be short.
 
@@ -115,7 +129,8 @@ class Placer:
         """
         value_bytes = _VALUE_BYTES[self.dtype(strategy)[0]]
         nothing_yet = (0,) * len(self.machine.gpus)
-        fit = self._fit(Placement(strategy, value_bytes, self._form(strategy), self.main_gpu, nothing_yet))
+        how = (self._form(strategy), self.main_gpu, nothing_yet)
+        fit = self._fit(Placement(strategy, value_bytes, *how, plain_kernel=self.plain_kernel(strategy)[0]))
         if fit.placement.form == "packed" and self.facts.architecture.num_experts:
             return self._spread(fit)
         # Our own reader of packed weights knows no code but transformers' own.

@@ -116,7 +116,7 @@ def make_plan(
     repack_cache, why_repack_cache = choose_repack_cache(spec.model.repack_cache, facts, placement)
     device = placement.device if placement.on_gpu else "cpu"
     dtype, why_dtype = placer.dtype(strategy)
-    plain_kernel, why_products = _products(spec, machine, device, dtype)
+    plain_kernel, why_products = placer.plain_kernel(strategy)
     num_threads, why_threads = _threads(machine)
     environment = list(_environment(num_threads, placement))
     decisions = [
@@ -315,21 +315,6 @@ def _weights(placer: Placer, fit: Fit) -> Decision:
         return Decision("weights", form, "read straight into place; a batch reads each expert that it hits once")
     size, limit = show_bytes(placer.unpacked_bytes(fit)), show_bytes(placer.unpacked_limit(fit))
     return Decision("weights", form, f"unpacked they would take {size}, more than half of the memory ({limit})")
-
-
-def _products(spec: JobSpec, machine: Machine, device: str, dtype: DType) -> tuple[bool, str]:
-    """Whether our kernel multiplies what is not quantized, and why."""
-    if device != "cpu":
-        return False, "its products use this device's own instructions for the type"
-    if dtype == "float32":
-        reason = "float32 sums over weights that stay bfloat16 where they are, which halves what a step reads"
-    elif machine.has_bf16_vectors_only:
-        reason = "weights lie as this CPU multiplies bfloat16, which torch would arrange anew for every product"
-    elif spec.generation.deterministic:
-        reason = "each row is summed in one order, which torch's products for the type do not promise"
-    else:
-        return False, "its products use this CPU's own instructions for the type"
-    return True, f"{reason}; torch where there is no compiler"
 
 
 def _streaming(machine: Machine, facts: ModelFacts, placement: Placement) -> Streaming | None:
