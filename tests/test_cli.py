@@ -17,11 +17,12 @@ from tests.command import REPOSITORY, overnight, write_job
 
 
 def test_five_mistakes_are_five_problems_with_their_places(tmp_path: Path) -> None:
-    job = tmp_path / "job.yaml"
+    job, prompts = tmp_path / "job.yaml", tmp_path / "in.jsonl"
+    prompts.touch()
     job.write_text(
         "model:\n  engine: echo\n  load_stratagy: no-gpu\n"
         "generation:\n  temperature: -1\n  top_p: 2\n  max_new_tokens: many\n"
-        "output:\n  path: out.jsonl\nextra: 1\ninput:\n  path: in.jsonl\n"
+        f"output:\n  path: out.jsonl\nextra: 1\ninput:\n  path: {prompts}\n"
     )
     began = time.monotonic()
     run = overnight("run", job)

@@ -89,8 +89,9 @@ JOBS = Path(__file__).parent.parent / "jobs"
 
 @pytest.fixture
 def job_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the job file of a test lies; it is named without its folder, for readable messages."""
+    """Where the job file of a test lies, beside some input; it is named without its folder, for readable messages."""
     monkeypatch.chdir(tmp_path)
+    Path("in.jsonl").touch()
     return Path("night.yaml")
 
 
@@ -163,6 +164,12 @@ def test_all_problems_at_once_in_order_and_in_place(job_file: Path) -> None:
     ]
 
 
+def test_input_that_is_not_there_is_told_with_all_else(job_file: Path) -> None:
+    text = LEAST_TEXT.replace("in.jsonl", "[in.jsonl, b.jsonl, 'memory://far/c.jsonl', '*.gz']")
+    assert problems(job_file, text + "generation: {seed: -1}\n")[1:] == ["b.jsonl: input.path: no such file"]
+    assert load_spec(job_file, overrides=["generation.seed=1"]).generation.seed == 1  # who reads the input will tell
+
+
 def test_what_is_required(job_file: Path) -> None:
     assert problems(job_file, "name: x\ninput:\n  format: auto\n") == [
         "night.yaml: output.path: is required: a path",
@@ -186,7 +193,7 @@ def test_a_problem_hides_no_contradiction_and_makes_none_up(job_file: Path) -> N
     text = LEAST_TEXT + "thinking: {mode: of, budget: 5}\n"
     assert [problem.split(": ")[1] for problem in problems(job_file, text)] == ["thinking.mode"]
     # The engine may be echo by another spelling: do not ask for a model.
-    text = "model: {engine: ecko}\ninput: {path: a}\noutput: {path: b}\n"
+    text = "model: {engine: ecko}\ninput: {path: in.jsonl}\noutput: {path: b}\n"
     assert [problem.split(": ")[1] for problem in problems(job_file, text)] == ["model.engine"]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import glob
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.errors import NotFoundError, Problem, SpecError
+from pipeline.remote import is_remote
 from pipeline.spec.keys import JobSpec, TemplateFile, job_keys, job_sections
 from pipeline.spec.rules import broken_rules
 from pipeline.spec.template import read_template
@@ -34,13 +37,16 @@ MAX_PROBLEMS = 50  # shown at once; beyond it the file is something else than a 
 def load_spec(path: Path | str, *, overrides: Sequence[str] = ()) -> JobSpec:
     """The job in the file at `path`, with overrides such as `generation.seed=7` laid over it.
 
-    Raises SpecError with all problems of the file and the overrides in the order of their lines, and NotFoundError
-    if the file, or a template file that it names, cannot be read.
+    Raises SpecError with all problems of the file and the overrides in the order of their lines, then plain input files
+    that are not there; and NotFoundError if the file, or a template file that it names, cannot be read.
     """
     path = Path(path)
     document = read_document(_read(path), str(path))
     document.problems.extend(problem for override in overrides for problem in _override(document, override))
-    spec = build_spec(document, name=path.stem)
+    try:
+        spec = build_spec(document, name=path.stem)
+    except SpecError as error:  # input that is not there would be the next thing to be told
+        raise SpecError([*error.problems, *_missing_input(document)]) from None
     _check_template_file(spec)
     return spec
 
@@ -96,6 +102,15 @@ def _read(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise SpecError(Problem("not UTF-8 text; save the file as UTF-8", str(path), line)) from None
+
+
+def _missing_input(document: Document) -> Iterator[Problem]:
+    if _is_spoiled("input.path", map(_dotted, document.unusable)):
+        return
+    named = _value_at(document.values, ("input", "path"))
+    for name in cast(list[Any], named)[:MAX_PROBLEMS] if isinstance(named, list) else [named]:
+        if isinstance(name, str) and name and not (glob.has_magic(name) or is_remote(name) or os.path.lexists(name)):
+            yield Problem("no such file", name, field="input.path")
 
 
 def _check_template_file(spec: JobSpec) -> None:
