@@ -9,14 +9,10 @@ turns as exceed the caches, as those of a model do.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 from functools import partial
-from itertools import cycle
-from typing import Any
 
 import torch
+from timing import median_us
 
 from pipeline.kernels.attention import (
     attend_one,
@@ -26,22 +22,8 @@ from pipeline.kernels.attention import (
 )
 
 _ALL_BYTES = 200_000_000  # of the keys and values of all layers together
-_LEAST_S = 0.4
 
 Pools = tuple[torch.Tensor, torch.Tensor]
-
-
-def _median_us(attend: Callable[..., object], layers: list[Pools], numbers: tuple[Any, ...]) -> float:
-    took: list[float] = []
-    attend(*layers[0], *numbers)
-    until = time.perf_counter() + _LEAST_S
-    for pools in cycle(layers):
-        began = time.perf_counter()
-        attend(*pools, *numbers)
-        took.append(time.perf_counter() - began)
-        if began > until and len(took) >= 5:
-            return statistics.median(took) * 1e6
-    raise AssertionError
 
 
 def main() -> None:
@@ -67,7 +49,8 @@ def main() -> None:
         numbers = (torch.arange(rows) * context, lengths, scale, None)
         query, pools = torch.randn(rows, heads, size).to(dtype), layers(rows * context)
         ours, stock = (
-            _median_us(partial(attend, query), pools, numbers) for attend in (attend_one, attend_one_in_torch)
+            median_us(partial(attend, query), [(*layer, *numbers) for layer in pools])
+            for attend in (attend_one, attend_one_in_torch)
         )
         speed = rows * context * place_bytes / ours / 1e3
         print(rows, context, f"{ours:.0f}", f"{stock:.0f}", f"{speed:.1f}", sep=" | ")
@@ -76,7 +59,7 @@ def main() -> None:
         spans = torch.tensor([[row * length, length, row * length, 0] for row in range(prompts)])
         query, pools = torch.randn(prompts * length, heads, size).to(dtype), layers(prompts * length)
         ours, stock = (
-            _median_us(partial(attend, query), pools, (spans, scale, None))
+            median_us(partial(attend, query), [(*layer, spans, scale, None) for layer in pools])
             for attend in (attend_prompts, attend_prompts_in_torch)
         )
         speed = prompts * length * (length + 1) / 2 * heads * size * 4 / ours / 1e3

@@ -9,38 +9,22 @@ of a model do. `int8` is what `model.activation: int8` computes.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import cycle
 from typing import Any
 
 import torch
+from timing import median_us
 
 from pipeline.kernels.packed import PackedWeight, kernel_in_use, linear
 from pipeline.kernels.plain import in_plain_blocks, plain_linear
 
 _ALL_BYTES = 60_000_000  # of a layer's copies together
-_LEAST_S = 0.3
 
 
 def _packed(outputs: int, inputs: int, bits: int) -> PackedWeight:
     codes = torch.randint(-(2**31), 2**31 - 1, (outputs // 32, inputs * bits // 32, 32))
     return PackedWeight(codes.to(torch.int32), torch.rand(outputs // 32, inputs // 128, 32).half() * 0.01, bits)
-
-
-def _median_us(multiply: Callable[[torch.Tensor, Any], object], x: torch.Tensor, layers: Sequence[Any]) -> float:
-    took: list[float] = []
-    multiply(x, layers[0])
-    until = time.perf_counter() + _LEAST_S
-    for layer in cycle(layers):
-        began = time.perf_counter()
-        multiply(x, layer)
-        took.append(time.perf_counter() - began)
-        if began > until and len(took) >= 5:
-            return statistics.median(took) * 1e6
-    raise AssertionError
 
 
 def main() -> None:
@@ -69,7 +53,14 @@ def main() -> None:
     print("rows", *ways, sep=" | ")
     for rows in given.rows:
         x = torch.randn(rows, inputs).to(dtype)
-        print(rows, *(f"{_median_us(multiply, x, layers):.0f}" for multiply, layers in ways.values()), sep=" | ")
+        print(
+            rows,
+            *(
+                f"{median_us(partial(multiply, x), [(layer,) for layer in layers]):.0f}"
+                for multiply, layers in ways.values()
+            ),
+            sep=" | ",
+        )
 
 
 if __name__ == "__main__":

@@ -35,20 +35,19 @@ def fused_forwards(model: torch.nn.Module, cache: SlotCache) -> dict[torch.nn.Mo
     forwards: dict[torch.nn.Module, Forward] = {}
     if not rowwise.available(next(model.parameters())):
         return forwards
-    attentions: dict[torch.nn.Module, OnRows] = {}
-    mlps: dict[torch.nn.Module, OnRows] = {}
+    on_rows: dict[torch.nn.Module, OnRows] = {}  # of attentions and MLPs, for the layers they are in
     for module in reversed(list(model.modules())):  # what a module consists of comes before it
         if not _is_served(module):
             continue
         if (norm := _norm(module)) is not None:
             forwards[module] = norm
         elif (mlp := _gated_mlp(module)) is not None:
-            mlps[module] = mlp
+            on_rows[module] = mlp
             forwards[module] = _forward_of_mlp(mlp)
         elif (attention := _attention(module, cache)) is not None:
-            attentions[module] = attention
+            on_rows[module] = attention
             forwards[module] = _forward_of_attention(attention)
-        elif (layer := _decoder_layer(module, forwards, attentions, mlps)) is not None:
+        elif (layer := _decoder_layer(module, forwards, on_rows)) is not None:
             forwards[module] = layer
     return forwards
 
@@ -200,16 +199,13 @@ def _forward_of_attention(on_rows: OnRows) -> Forward:
 
 
 def _decoder_layer(
-    module: Any,
-    forwards: dict[torch.nn.Module, Forward],
-    attentions: dict[torch.nn.Module, OnRows],
-    mlps: dict[torch.nn.Module, OnRows],
+    module: Any, forwards: dict[torch.nn.Module, Forward], on_rows: dict[torch.nn.Module, OnRows]
 ) -> Forward | None:
-    """x = x + attention(norm(x)), then x + mlp(norm(x)), of such an attention and such an MLP."""
+    """x = x + attention(norm(x)), then x + mlp(norm(x)), of parts that are themselves computed in fewer passes."""
     parts = dict(module.named_children())
     if parts.keys() != {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}:
         return None
-    attend, mlp = attentions.get(parts["self_attn"]), mlps.get(parts["mlp"])
+    attend, mlp = on_rows.get(parts["self_attn"]), on_rows.get(parts["mlp"])
     before, between = (_rms_norm(parts[name]) for name in ("input_layernorm", "post_attention_layernorm"))
     if any(part not in forwards for part in parts.values()) or not (attend and mlp and before and between):
         return None
@@ -241,10 +237,8 @@ def _gates(gate: Any, up: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _in_blocks(layer: Any) -> bool:
     """Whether native code multiplies with it, and nothing else is done to its outputs."""
-    from pipeline.loading.packed_modules import (
-        PlainLinear,
-        QuantizedLinear,
-    )  # derived from torch's, hence imported here
+    # Derived from torch's, hence imported here.
+    from pipeline.loading.packed_modules import PlainLinear, QuantizedLinear
 
     is_ours = isinstance(layer, PlainLinear | QuantizedLinear) and layer.bias is None
     return is_ours and not hasattr(layer, "_hf_hook") and packed.native_library() is not None

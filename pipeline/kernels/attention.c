@@ -191,9 +191,7 @@ INLINE void put_pairs(const __m512 *sum, int64_t halves, float total, uint16_t *
 
 // The same with products of two bfloat16 numbers at once, for heads of whole registers of 32. Weights are rounded to
 // bfloat16, as torch's own attention rounds them. Values of two places are interleaved, by which the numbers of a sum
-// lie in another order until the end; a tile that is not full is filled up with zeros in a copy. What is done for one
-// head waits for itself at every turn, so each step is taken for all heads that share a key head before the next. The
-// next tile is asked for in small parts all the while: a processor has only so many lines on their way at once.
+// lie in another order until the end; a tile that is not full is filled up with zeros in a copy.
 INLINE void attend_pairs(const Shape *shape, int64_t row, int64_t first, int64_t last, int64_t key_head,
                          int64_t num_key_heads, const int64_t size) {
     const int64_t group = shape->heads / shape->key_heads, heads = num_key_heads * group;
@@ -324,7 +322,7 @@ int attend_one(const void *query, const void *keys, const void *values, const in
 //
 // A task is one key head of a block of tokens. The tiles of the context begin at the same places of a sequence however
 // its prompt is cut into parts, so that a token's sums do not depend on the cut. Keys of a tile are turned on their
-// side, for 16 places to be multiplied at once.
+// side, for two registers of places to be multiplied at once.
 
 #define BLOCK_ROWS 96 // tokens x heads that share a key head
 

@@ -1,4 +1,4 @@
-"""Compiles a C file of the package for this processor when it is first needed, and keeps the library.
+"""Compiles a C file of the package for this processor when it is first needed or ahead of that, and keeps the library.
 
 A wheel cannot know the processor it will run on, and building against torch's headers takes a minute; a plain C file
 takes a second. Machines without a compiler go without: who asks gets the reason and has a path in torch.
@@ -39,8 +39,10 @@ class Native(NamedTuple):
 
 def compile_ahead() -> None:
     """Begin to compile the kernels that are not yet, beside whatever is done meanwhile; `native` waits for its own."""
-    for source in _HERE.glob("*.c"):
-        threading.Thread(target=_compile_quietly, args=(source,), daemon=True).start()
+    with contextlib.suppress(OSError, NotFoundError, subprocess.SubprocessError):
+        _version(_compiler())  # asked here, or every thread would
+        for source in _HERE.glob("*.c"):
+            threading.Thread(target=_compile_quietly, args=(source,), daemon=True).start()
 
 
 def _compile_quietly(source: Path) -> None:
@@ -80,9 +82,7 @@ def _library(source: Path, directory: Path) -> ctypes.CDLL:
 
 def _compiled(source: Path, directory: Path) -> Path:
     """The file of the library; made unless it is there."""
-    compiler = next(filter(None, map(shutil.which, [os.environ.get("CC") or "", *_COMPILERS])), None)
-    if compiler is None:
-        raise NotFoundError("there is no C compiler (cc, gcc or clang)")
+    compiler = _compiler()
     compiled = directory / f"{source.stem}-{_key(source, compiler)}.so"
     with _locks[source.name]:
         if not compiled.exists():
@@ -97,6 +97,13 @@ def _compiled(source: Path, directory: Path) -> Path:
             finally:
                 Path(unfinished).unlink(missing_ok=True)
     return compiled
+
+
+def _compiler() -> str:
+    compiler = next(filter(None, map(shutil.which, [os.environ.get("CC") or "", *_COMPILERS])), None)
+    if compiler is None:
+        raise NotFoundError("there is no C compiler (cc, gcc or clang)")
+    return compiler
 
 
 @cache

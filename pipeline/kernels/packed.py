@@ -100,6 +100,7 @@ class Layer(NamedTuple):
     stride: int = 0
 
     def described(self) -> Any:
+        """As `blocks.h` has it, by reference; valid as long as the tensors are."""
         group = self.num_inputs if self.scales is None else self.num_inputs // self.scales.shape[-2]
         places = (self.codes.data_ptr(), None if self.scales is None else self.scales.data_ptr())
         return ctypes.byref(_Packed(*places, self.num_outputs, self.num_inputs, self.bits, group, self.stride))
@@ -136,11 +137,10 @@ def multiply(
         failed = 0
     elif up is not None:
         failed = library.packed_gated(layer.described(), up.described(), rows.data_ptr(), num_rows, *how)
-    elif residual is not None:
-        added = as_rows(residual, layer.num_outputs)
-        failed = library.packed_linear(layer.described(), rows.data_ptr(), num_rows, added.data_ptr(), *how)
     else:
-        failed = library.packed_linear(layer.described(), rows.data_ptr(), num_rows, None, *how)
+        added = None if residual is None else as_rows(residual, layer.num_outputs)
+        place = None if added is None else added.data_ptr()
+        failed = library.packed_linear(layer.described(), rows.data_ptr(), num_rows, place, *how)
     _check(failed)
     out = out if row_type == x.dtype else out.to(x.dtype)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], layer.num_outputs)

@@ -105,6 +105,7 @@ def _read(path: Path) -> str:
 
 
 def _missing_input(document: Document) -> Iterator[Problem]:
+    """Plain files on this machine that `input.path` names and that are not there."""
     if _is_spoiled("input.path", map(_dotted, document.unusable)):
         return
     named = _value_at(document.values, ("input", "path"))
