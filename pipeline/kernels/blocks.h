@@ -15,9 +15,22 @@
 
 #define BLOCK 32
 #define SLAB 128 // inputs of a block that are multiplied together; as float32 they stay in the first-level cache
-#define AHEAD 1024 // words; the next slab is asked for while this one is dequantized, which gains a third to a half
+#define AHEAD 1024 // words; what is so much further on is asked for while a slab is dequantized or multiplied
 #define CHUNK 192 // rows that pass by a slab; bounds what lies on the stack
 #define TILE_ROWS 6 // rows of two registers whose sums fit the registers together, of which there are at least 16
+
+// `lines` of 64 bytes that are asked for in equal parts: a processor has only so many on their way at once.
+typedef struct {
+    const char *from;
+    int lines, part, num_parts;
+} Ahead;
+
+INLINE void ask(Ahead *ahead) {
+    const int end = ahead->lines * (ahead->part + 1) / ahead->num_parts;
+    for (int line = ahead->lines * ahead->part / ahead->num_parts; line < end; line++)
+        __builtin_prefetch(ahead->from + 64 * line);
+    ahead->part++;
+}
 
 enum { FLOAT32, BFLOAT16, INT8 }; // kinds of rows
 
@@ -48,8 +61,5 @@ INLINE float from_half(uint16_t half) {
     return number.value;
 }
 
-// `scale` NULL: as it is.
-INLINE void add_scaled(float *sums, reg part, const float *scale) {
-    if (scale) part *= *(const reg *)scale;
-    *(reg *)sums += part;
-}
+// In one rounding, wherever it is compiled: with a case of its own for no scale it was one rounding here and two there.
+INLINE void add_scaled(float *sums, reg part, const float *scale) { *(reg *)sums += part * *(const reg *)scale; }

@@ -14,6 +14,11 @@
 typedef void Multiply(const Packed *, int64_t expert, int64_t block, const void *const *rows, int num_rows,
                       float (*sums)[BLOCK]);
 
+// Plain weights are what they are.
+INLINE void no_scale(float *scale) {
+    for (int output = 0; output < BLOCK; output++) scale[output] = 1.0f;
+}
+
 // A slab where its weights lie, and as it is made for many rows.
 typedef struct {
     const uint32_t *codes;
@@ -24,7 +29,7 @@ typedef struct {
 } Slab;
 
 INLINE void tile(const Packed *layer, const Slab *slab, const void *const *rows, const int num_rows,
-                 float (*sums)[BLOCK], const int bits, const int kind, const int is_made) {
+                 float (*sums)[BLOCK], const int bits, const int kind, const int is_made, Ahead *ahead) {
     const int words = slab->step * bits / 32;
     if (kind == INT8)
         direct_int8(rows, num_rows, layer, slab->first, slab->step, bits, slab->codes, slab->scale, sums);
@@ -34,7 +39,7 @@ INLINE void tile(const Packed *layer, const Slab *slab, const void *const *rows,
     else if (kind == BFLOAT16)
         tile_bf16(rows, num_rows, slab->first, slab->step, slab->made, slab->scale, sums, bits == 16);
 #endif
-    else if (is_made) tile_f32(rows, num_rows, slab->first, slab->step, slab->made, slab->scale, sums);
+    else if (is_made) tiles_f32[num_rows](rows, slab->first, slab->step, slab->made, slab->scale, sums, ahead);
     else direct_f32(rows, num_rows, slab->first, words, bits, slab->codes, slab->scale, sums);
 }
 
@@ -42,11 +47,13 @@ INLINE void tile(const Packed *layer, const Slab *slab, const void *const *rows,
 INLINE void all_tiles(const Packed *layer, const Slab *slab, const void *const *rows, int num_rows,
                       float (*sums)[BLOCK], const int bits, const int kind, const int is_made) {
     int num_tiles = (num_rows + TILE_ROWS - 1) / TILE_ROWS;
+    const int lines = slab->codes ? slab->step * bits * BLOCK / 512 : 0; // of the slab, and of the next
+    Ahead ahead = {(const char *)slab->codes + 64 * lines, lines, 0, num_tiles * (BLOCK / (2 * REGISTER))};
     for (; num_tiles; num_tiles--) {
         const int count = (num_rows + num_tiles - 1) / num_tiles;
         switch (count) { // numbers known when compiled, so that sums stay in registers
 #define TILE(rows_of_tile) \
-    case rows_of_tile: tile(layer, slab, rows, rows_of_tile, sums, bits, kind, is_made); break
+    case rows_of_tile: tile(layer, slab, rows, rows_of_tile, sums, bits, kind, is_made, &ahead); break
             TILE(1);
             TILE(2);
             TILE(3);
@@ -66,12 +73,14 @@ INLINE void multiply_blocks(const Packed *layer, int64_t expert, int64_t block, 
     const uint16_t *scales = bits < 16 ? layer->scales + place * groups * BLOCK : NULL;
     const int is_plain = kind == BFLOAT16 && bits == 16; // weights which are multiplied where they lie
     const int step = is_plain ? plain_step(layer->inputs) : step_of(layer);
-    const int is_made = is_plain || (kind != INT8 && num_rows > TILE_ROWS);
+    const int most_direct = kind == FLOAT32 && bits >= 8 ? 10 : TILE_ROWS; // for more rows a slab is worth its making
+    const int is_made = is_plain || (kind != INT8 && num_rows > most_direct);
     float made[SLAB * BLOCK] __attribute__((aligned(64))), scale[BLOCK];
+    no_scale(scale);
     memset(sums, 0, num_rows * sizeof *sums);
     for (int64_t first = 0; first < layer->inputs; first += step) {
         const int inputs = least(step, layer->inputs - first);
-        Slab slab = {codes + first * bits / 32 * BLOCK, made, bits < 16 ? scale : NULL, first, inputs};
+        Slab slab = {codes + first * bits / 32 * BLOCK, made, scale, first, inputs};
         if (bits < 16)
             for (int output = 0; output < BLOCK; output++)
                 scale[output] = from_half(scales[first / layer->group * BLOCK + output]);
@@ -114,10 +123,11 @@ BLOCKS(8, INT8)
 static void multiply_matrix(const Packed *layer, int64_t expert, int64_t block, const void *const *rows, int num_rows,
                             float (*sums)[BLOCK]) {
     (void)expert;
-    float made[SLAB * BLOCK] __attribute__((aligned(64)));
+    float made[SLAB * BLOCK] __attribute__((aligned(64))), scale[BLOCK];
+    no_scale(scale);
     memset(sums, 0, num_rows * sizeof *sums);
     for (int64_t first = 0; first < layer->inputs; first += SLAB) {
-        const Slab slab = {NULL, made, NULL, first, least(SLAB, layer->inputs - first)};
+        const Slab slab = {NULL, made, scale, first, least(SLAB, layer->inputs - first)};
         slab_of_matrix(layer, block, first, slab.step, made);
         all_tiles(layer, &slab, rows, num_rows, sums, 32, FLOAT32, 1);
     }
@@ -129,10 +139,12 @@ static void multiply_matrix_bf16(const Packed *layer, int64_t expert, int64_t bl
                                  int num_rows, float (*sums)[BLOCK]) {
     (void)expert;
     uint32_t made[PLAIN_SLAB / 2 * BLOCK] __attribute__((aligned(64)));
+    float scale[BLOCK];
     const int step = plain_step(layer->inputs);
+    no_scale(scale);
     memset(sums, 0, num_rows * sizeof *sums);
     for (int64_t first = 0; first < layer->inputs; first += step) {
-        const Slab slab = {NULL, made, NULL, first, least(step, layer->inputs - first)};
+        const Slab slab = {NULL, made, scale, first, least(step, layer->inputs - first)};
         pairs_of_matrix(layer, block, first, slab.step, made);
         all_tiles(layer, &slab, rows, num_rows, sums, 32, BFLOAT16, 1);
     }

@@ -23,7 +23,9 @@ from pipeline.cache import cache_directory
 from pipeline.errors import NotFoundError
 
 _COMPILERS = ("cc", "gcc", "clang")
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-std=gnu11")
+# Loops on the bounds of a cache line: a product's was up to 18 % slower or faster with what stood before it.
+_FAST = ("-O3", "-march=native", "-ffp-contract=fast", "-falign-loops=64")
+_FLAGS = (*_FAST, "-fopenmp", "-shared", "-fPIC", "-std=gnu11")
 _TIMEOUT_S = 120
 _HERE = Path(__file__).parent
 _locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # one for each source

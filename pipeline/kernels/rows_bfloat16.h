@@ -96,7 +96,7 @@ INLINE void add_parts(__m512 (*part)[TILE_ROWS][2], const int num_rows, const fl
     for (int row = 0; row < num_rows; row++)
         for (int half = 0; half < 2; half++)
             add_scaled(sums[row] + REGISTER * half, (reg)(part[0][row][half] + part[1][row][half]),
-                       scale ? scale + REGISTER * half : NULL);
+                       scale + REGISTER * half);
 }
 
 // `far`: the slab lies among the weights, and what follows it is asked for.
