@@ -14,6 +14,8 @@
 #include "lanes.h"
 
 #define TILE 32      // places
+#define FEW 16       // places of a tile of single tokens in float32
+#define FEW_BYTES 12288 // of its keys, and of its values: both stay in a first-level cache of 32 KiB
 #define MOST_SIZE 512 // of a head
 #define MOST_GROUP 64 // heads that share a key head
 #define SUMS 8       // registers of sums side by side: fewer would wait for each other
@@ -53,36 +55,27 @@ INLINE reg sums_of(const reg *x) {
 #endif
 }
 
-// A row's scores in a tile, -INFINITY where it does not look, become weights, which are added to its total. Gives what its
-// sums so far are to be multiplied with. What is no number comes back in the weights.
-INLINE float weigh(float *scores, float *most, float *total) {
+// A row's scores of some places, -INFINITY where it does not look, become weights, which are added to its totals, one for
+// each number of a register. Gives what its sums so far are to be multiplied with. What is no number comes back in the
+// weights.
+INLINE float weigh(float *scores, const int places, float *most, reg *total) {
     reg parts[TILE / REGISTER], high = (reg){0} - INFINITY, added = {0};
-    memcpy(parts, scores, sizeof parts);
-    for (int i = 0; i < TILE / REGISTER; i++) high = larger(parts[i], high);
+    memcpy(parts, scores, places * sizeof *scores);
+    for (int i = 0; i < places / REGISTER; i++) high = larger(parts[i], high);
     const float before = *most, highest = largest(high);
     float keep = 1.0f;
     if (highest > before) {
         keep = before == -INFINITY ? 0.0f : exp_negative(before - highest);
         *most = highest;
     }
-    for (int i = 0; i < TILE / REGISTER; i++) {
+    for (int i = 0; i < places / REGISTER; i++) {
         int_reg seen = parts[i] != (reg){0} - INFINITY; // e^-87 is not nothing
         parts[i] = choose(seen, exp_register(parts[i] - *most), (reg){0});
         added += parts[i];
     }
-    memcpy(scores, parts, sizeof parts);
-    *total = *total * keep + total_of(added);
+    memcpy(scores, parts, places * sizeof *scores);
+    *total = *total * keep + added;
     return keep;
-}
-
-// Asks for one of `parts` equal parts of some places of keys and of values; all sizes in bytes.
-INLINE void fetch(const void *keys, const void *values, int64_t places, int64_t stride, int64_t width, int64_t part,
-                  int64_t parts) {
-    for (int64_t place = part * places / parts; place < (part + 1) * places / parts; place++)
-        for (int64_t i = 0; i < width; i += 64) {
-            __builtin_prefetch((const char *)keys + place * stride + i);
-            __builtin_prefetch((const char *)values + place * stride + i);
-        }
 }
 
 // How many numbers of a head of `size` a lane from `i` on has.
@@ -99,13 +92,13 @@ static void copy_head(const void *from, int64_t at, int64_t size, float scale, f
 
 // One head of a tile's places as float32, `apart` numbers from each other: where they lie, or copied, with zeros beyond the
 // head's size and at places that are not of `from` .. `to`. What lies there may be no number, and 0 times NaN is NaN.
-static const float *tile_of(const void *pool, int64_t at, int64_t stride, int64_t from, int64_t to, int64_t size,
-                            float *copy, int64_t *apart, int is_bf16) {
+static const float *tile_of(const void *pool, int64_t at, int64_t stride, int64_t places, int64_t from, int64_t to,
+                            int64_t size, float *copy, int64_t *apart, int is_bf16) {
     const int64_t width = filled(size);
     *apart = stride;
-    if (!is_bf16 && size == width && from == 0 && to == TILE) return (const float *)pool + at;
+    if (!is_bf16 && size == width && from == 0 && to == places) return (const float *)pool + at;
     *apart = width;
-    for (int64_t t = 0; t < TILE; t++)
+    for (int64_t t = 0; t < places; t++)
         if (t >= from && t < to) copy_head(pool, at + t * stride, size, 1.0f, copy + t * width, is_bf16);
         else memset(copy + t * width, 0, width * sizeof *copy);
     return copy;
@@ -116,68 +109,98 @@ static void put_head(const float *sum, float total, int64_t size, void *out, int
         store_any(out, at + i, load_float(sum + i, LANES) / total, in_lane(size, i), is_bf16);
 }
 
+// Asks for some places, `each` of them at a step; all sizes in bytes.
+INLINE void ask(const char *from, int64_t places, int64_t stride, int64_t width, int64_t step, int64_t each) {
+    for (int64_t place = step * each; place < places && place < (step + 1) * each; place++)
+        for (int64_t i = 0; i < width; i += 64) __builtin_prefetch(from + place * stride + i);
+}
+
 // Some key heads of one row, whose places lie side by side. What is done for one head waits for itself at every turn, so
-// each step is taken for all heads that share a key head before the next. The next tile is asked for in small parts all
-// the while: a processor has only so many lines on their way at once.
+// each step is taken for all heads before the next, or for as many as have their tile of keys and that of values in the
+// first-level cache. While one of the two is used the other is asked for, in small parts: a processor has only so many
+// lines on their way at once, and what is read from the second-level cache has to wait for its turn among them.
 INLINE void attend_floats(const Shape *shape, int64_t row, int64_t first, int64_t last, int64_t key_head,
                           int64_t num_key_heads, const int64_t size, int is_bf16) {
     const int64_t group = shape->heads / shape->key_heads, heads = num_key_heads * group;
     const int64_t stride = shape->key_heads * size, number = is_bf16 ? 2 : 4;
     const int64_t width = filled(size), query_at = (row * shape->heads + key_head * group) * size;
-    float query[heads * width], sum[heads * width], most[heads], total[heads], scores[group][TILE], keep[group];
-    float some_keys[TILE * width], some_values[TILE * width];
+    int64_t together = num_key_heads;
+    while (num_key_heads % together || (together > 1 && together * size * number * FEW > FEW_BYTES)) together--;
+    const int64_t steps = together * group, turns = FEW / REGISTER, bytes = together * size * number;
+    const int64_t few_values = (FEW + steps * turns - 1) / (steps * turns), few_keys = (FEW + steps - 1) / steps;
+    float query[heads * width], sum[heads * width], most[heads], scores[steps][FEW], keep[steps];
+    float some_keys[FEW * width], some_values[FEW * width];
+    reg total[heads];
     for (int64_t head = 0; head < heads; head++) {
         copy_head(shape->query, query_at + head * size, size, shape->scale, query + head * width, is_bf16);
         most[head] = -INFINITY;
-        total[head] = 0.0f;
+        total[head] = (reg){0};
     }
     memset(sum, 0, sizeof sum);
-    for (int64_t task = 0, begin = first; begin < last; begin += ++task % num_key_heads ? 0 : TILE) {
-        const int64_t shared = task % num_key_heads, head = shared * group, next = begin + TILE;
-        const int64_t at = begin * stride + (key_head + shared) * size;
-        const int64_t count = last - begin < TILE ? last - begin : TILE;
-        const int64_t places = next < last ? (last - next < TILE ? last - next : TILE) : 0;
-        const int64_t next_at = (next * stride + key_head * size) * number;
+    for (int64_t begin = first, from = 0; begin < last;) {
+        const int64_t at = begin * stride + (key_head + from) * size, head = from * group;
+        const int64_t count = last - begin < FEW ? last - begin : FEW;
+        const char *all_values = (const char *)shape->values + at * number;
+        const float *keys = NULL, *values = NULL;
         int64_t apart;
-        const float *keys = tile_of(shape->keys, at, stride, 0, count, size, some_keys, &apart, is_bf16);
-        const float *values = tile_of(shape->values, at, stride, 0, count, size, some_values, &apart, is_bf16);
-        for (int64_t g = 0; g < group; g++)
-            for (int part = 0; part < TILE / REGISTER; part++) {
-                fetch((const char *)shape->keys + next_at, (const char *)shape->values + next_at, places, stride * number,
-                      num_key_heads * size * number, (head + g) * (TILE / REGISTER) + part, heads * (TILE / REGISTER));
+        for (int64_t g = 0; g < steps; g++) {
+            if (g % group == 0)
+                keys = tile_of(shape->keys, at + g / group * size, stride, FEW, 0, count, size, some_keys, &apart, is_bf16);
+            for (int turn = 0; turn < turns; turn++) {
+                ask(all_values, count, stride * number, bytes, g * turns + turn, few_values);
                 reg products[REGISTER] = {};
+#pragma GCC unroll 8
                 for (int64_t i = 0; i < width; i += REGISTER) {
                     reg own = *(const reg *)(query + (head + g) * width + i);
 #pragma GCC unroll 16
                     for (int t = 0; t < REGISTER; t++)
-                        products[t] += own * *(const reg *)(keys + (part * REGISTER + t) * apart + i);
+                        products[t] += own * *(const reg *)(keys + (turn * REGISTER + t) * apart + i);
                 }
-                *(reg *)(scores[g] + part * REGISTER) = sums_of(products);
+                *(reg *)(scores[g] + turn * REGISTER) = sums_of(products);
             }
-        for (int64_t g = 0; g < group; g++) {
-            for (int64_t t = count; t < TILE; t++) scores[g][t] = -INFINITY;
-            keep[g] = weigh(scores[g], most + head + g, total + head + g);
         }
-        for (int64_t g = 0; g < group; g++)
+        for (int64_t g = 0; g < steps; g++) {
+            for (int64_t t = count; t < FEW; t++) scores[g][t] = -INFINITY;
+            keep[g] = weigh(scores[g], FEW, most + head + g, total + head + g);
+        }
+        from += together;
+        if (from == num_key_heads) from = 0, begin += FEW;
+        const char *next_keys = (const char *)shape->keys + (begin * stride + (key_head + from) * size) * number;
+        for (int64_t g = 0; g < steps; g++) {
+            if (g % group == 0)
+                values = tile_of(shape->values, at + g / group * size, stride, FEW, 0, count, size, some_values, &apart, is_bf16);
+            ask(next_keys, last - begin < FEW ? last - begin : FEW, stride * number, bytes, g, few_keys);
             for (int64_t i = 0; i < width; i += SUMS * REGISTER) {
                 const int64_t num_sums = width - i < SUMS * REGISTER ? (width - i) / REGISTER : SUMS;
                 float *to = sum + (head + g) * width + i;
                 reg own[SUMS];
 #pragma GCC unroll 8
                 for (int64_t j = 0; j < num_sums; j++) own[j] = *(const reg *)(to + j * REGISTER) * keep[g];
-                for (int64_t t = 0; t < TILE; t++)
+#pragma GCC unroll 4
+                for (int64_t t = 0; t < FEW; t++)
 #pragma GCC unroll 8
                     for (int64_t j = 0; j < num_sums; j++)
                         own[j] += scores[g][t] * *(const reg *)(values + t * apart + i + j * REGISTER);
 #pragma GCC unroll 8
                 for (int64_t j = 0; j < num_sums; j++) *(reg *)(to + j * REGISTER) = own[j];
             }
+        }
     }
     for (int64_t head = 0; head < heads; head++)
-        put_head(sum + head * width, total[head], size, shape->out, query_at + head * size, is_bf16);
+        put_head(sum + head * width, total_of(total[head]), size, shape->out, query_at + head * size, is_bf16);
 }
 
 #ifdef __AVX512BF16__
+// Asks for one of `parts` equal parts of some places of keys and of values; all sizes in bytes.
+INLINE void fetch(const void *keys, const void *values, int64_t places, int64_t stride, int64_t width, int64_t part,
+                  int64_t parts) {
+    for (int64_t place = part * places / parts; place < (part + 1) * places / parts; place++)
+        for (int64_t i = 0; i < width; i += 64) {
+            __builtin_prefetch((const char *)keys + place * stride + i);
+            __builtin_prefetch((const char *)values + place * stride + i);
+        }
+}
+
 // One head's sums over its total, whose numbers lie as unpacked pairs do, 2 * halves registers.
 INLINE void put_pairs(const __m512 *sum, int64_t halves, float total, uint16_t *out) {
     const __m512i order = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
@@ -407,7 +430,8 @@ INLINE void prefill_floats(const Shape *shape, const Span *span, int64_t token, 
     const int64_t rows = num_tokens * group, position = span->num_before + token, last = position + num_tokens;
     const int64_t room = rows + ROWS - 1; // products are of whole ROWS
     const int64_t from = shape->window > 0 && position - shape->window + 1 > 0 ? position - shape->window + 1 : 0;
-    float query[room * width], sum[room * width], scores[room][TILE], turned[width * TILE], most[rows], total[rows];
+    float query[room * width], sum[room * width], scores[room][TILE], turned[width * TILE], most[rows];
+    reg total[rows];
     float some_keys[TILE * width], some_values[TILE * width];
 
     memset(query + rows * width, 0, (room - rows) * width * sizeof *query);
@@ -416,14 +440,14 @@ INLINE void prefill_floats(const Shape *shape, const Span *span, int64_t token, 
         int64_t at = ((span->first + token + row / group) * shape->heads + head * group + row % group) * size;
         copy_head(shape->query, at, size, shape->scale, query + row * width, is_bf16);
         most[row] = -INFINITY;
-        total[row] = 0.0f;
+        total[row] = (reg){0};
     }
     for (int64_t begin = from / TILE * TILE; begin < last; begin += TILE) {
         const int64_t count = last - begin < TILE ? last - begin : TILE, before = from > begin ? from - begin : 0;
         const int64_t at = (span->start + begin) * stride + head * size;
         int64_t apart;
-        const float *keys = tile_of(shape->keys, at, stride, before, count, size, some_keys, &apart, is_bf16);
-        const float *values = tile_of(shape->values, at, stride, before, count, size, some_values, &apart, is_bf16);
+        const float *keys = tile_of(shape->keys, at, stride, TILE, before, count, size, some_keys, &apart, is_bf16);
+        const float *values = tile_of(shape->values, at, stride, TILE, before, count, size, some_values, &apart, is_bf16);
         for (int64_t t = 0; t < TILE; t += REGISTER)
             for (int64_t i = 0; i < width; i += REGISTER)
                 turn(keys + t * apart + i, apart, turned + i * TILE + t, TILE);
@@ -442,7 +466,7 @@ INLINE void prefill_floats(const Shape *shape, const Span *span, int64_t token, 
             }
             for (int64_t t = 0; t < low; t++) scores[row][t] = -INFINITY;
             for (int64_t t = high; t < TILE; t++) scores[row][t] = -INFINITY;
-            const float keep = weigh(scores[row], most + row, total + row);
+            const float keep = weigh(scores[row], TILE, most + row, total + row);
             if (keep != 1.0f)
                 for (int64_t i = 0; i < width; i += REGISTER) *(reg *)(sum + row * width + i) *= keep;
         }
@@ -452,7 +476,7 @@ INLINE void prefill_floats(const Shape *shape, const Span *span, int64_t token, 
     }
     for (int64_t row = 0; row < rows; row++) {
         int64_t at = ((span->first + token + row / group) * shape->heads + head * group + row % group) * size;
-        put_head(sum + row * width, total[row], size, shape->out, at, is_bf16);
+        put_head(sum + row * width, total_of(total[row]), size, shape->out, at, is_bf16);
     }
 }
 
