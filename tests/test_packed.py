@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pipeline.kernels import packed as module
 from pipeline.kernels import place as placing
 from pipeline.kernels.native import native
-from pipeline.kernels.packed import PackedWeight, dequantize, experts, gated, kernel_in_use, linear
+from pipeline.kernels.packed import PackedWeight, dequantize, experts, kernel_in_use, linear, multiply
 from pipeline.kernels.place import in_blocks, place
 from pipeline.loading.autoround_format import PackedLinear, pack_symmetric
 from pipeline.loading.autoround_format import dequantize as dequantize_stored
@@ -125,13 +125,14 @@ def test_what_follows_a_product_is_done_to_its_sums(
     residual = torch.randn(rows, shape[0], generator=generator).to(dtype)
     # In float32, for nothing is rounded between; what is rounded of x for 8-bit products is the same.
     first, second = (linear(x.float(), weight, int8=int8).double() for weight in (gate, up))
+    one, other = (weight.layer(int8=int8) for weight in (gate, up))
     for found, wanted in (
-        (gated(x, gate, up, int8=int8), torch.nn.functional.silu(first) * second),
-        (linear(x, gate, residual, int8=int8), first + residual.double()),
+        (multiply(x, one, up=other), torch.nn.functional.silu(first) * second),
+        (multiply(x, one, residual), first + residual.double()),
     ):
         assert found.dtype == dtype
         assert error(found, wanted) < ROUNDING[dtype]
-    assert torch.equal(gated(x[-1:], gate, up, int8=int8), gated(x, gate, up, int8=int8)[-1:])
+    assert torch.equal(multiply(x[-1:], one, up=other), multiply(x, one, up=other)[-1:])
 
 
 def test_int8_experts_round_what_goes_into_either_projection(path: str) -> None:

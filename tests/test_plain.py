@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import silu
 
-from pipeline.kernels.plain import in_plain_blocks, is_served, matrix_linear, plain_gated, plain_linear
+from pipeline.kernels.packed import multiply
+from pipeline.kernels.plain import in_plain_blocks, is_served, matrix_linear, plain_linear
 from pipeline.loading.packed_modules import PlainLinear, put_linears_in_blocks
 from tests.tiny_models import PACKED, tiny_model
 
@@ -55,18 +56,17 @@ def test_what_follows_a_product_is_done_to_its_sums(
     first, second, plain = (torch.randn(outputs, inputs, generator=generator).to(dtype) for _ in range(3))
     x = (torch.randn(rows, inputs, generator=generator) / inputs**0.5).to(dtype)
     residual = torch.randn(rows, outputs, generator=generator).to(dtype)
-    layers = in_plain_blocks(first), in_plain_blocks(second)
+    one, other, added = (in_plain_blocks(weight).layer() for weight in (first, second, plain))
     gate, up = (x.double() @ weight.double().T for weight in (first, second))
     rounding = max(torch.finfo(dtype).eps, 5e-6)
     for found, exact in (
-        (plain_gated(x, *layers), silu(gate) * up),
-        (plain_linear(x, in_plain_blocks(plain), residual), x.double() @ plain.double().T + residual.double()),
+        (multiply(x, one, up=other), silu(gate) * up),
+        (multiply(x, added, residual), x.double() @ plain.double().T + residual.double()),
     ):
         assert found.dtype == dtype
         torch.testing.assert_close(found.double(), exact, rtol=rounding, atol=rounding)
-    one = plain_linear(x[-1:], in_plain_blocks(plain), residual[-1:])
-    assert torch.equal(one, plain_linear(x, in_plain_blocks(plain), residual)[-1:])
-    assert torch.equal(plain_gated(x[-1:], *layers), plain_gated(x, *layers)[-1:])
+    assert torch.equal(multiply(x[-1:], added, residual[-1:]), multiply(x, added, residual)[-1:])
+    assert torch.equal(multiply(x[-1:], one, up=other), multiply(x, one, up=other)[-1:])
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(33, 577), (100, 576), (1, 7), (31, 130), (64, 1)])

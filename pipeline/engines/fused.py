@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.engines.slot_cache import SlotCache
 from pipeline.kernels import packed, rowwise
 from pipeline.kernels.packed import BLOCK
-from pipeline.kernels.plain import PlainWeight, plain_linear
+from pipeline.kernels.plain import PlainWeight
 
 if TYPE_CHECKING:
     import torch
@@ -176,15 +176,14 @@ def _attention(module: Any, cache: SlotCache) -> OnRows | None:
         rows: torch.Tensor, residual: torch.Tensor | None, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         query, key, value = project(rows)
-        num_tokens = rows.shape[0]
-        pools = cache.pools(module.layer_idx, key.view(num_tokens, -1, size), value.view(num_tokens, -1, size))
+        pools = cache.pools(module.layer_idx, key, (key.shape[1] // size, size), (value.shape[1] // size, size))
         step = cache.step
         assert step is not None
         rotated = rowwise.rotate(
             *(query, key, value), position_embeddings, (query_norm, key_norm), epsilon, pools, step.places
         )
         attended = cache.attend_to(rotated, *pools, module.scaling, window)
-        return output(attended.view(num_tokens, -1), residual)
+        return output(attended.flatten(1), residual)
 
     return on_rows
 
@@ -223,14 +222,15 @@ def _decoder_layer(
 def _product(layer: Any) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:
     """A layer's outputs for rows [rows, inputs], plus others of that shape where there are any."""
     if _in_blocks(layer):
-        return layer.plus
+        own = layer.layer()
+        return lambda rows, residual: packed.multiply(rows, own, residual)
     return lambda rows, residual: layer(rows) if residual is None else residual + layer(rows)
 
 
 def _gates(gate: Any, up: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """silu(gate(x)) * up(x) for rows [rows, inputs]."""
     if _in_blocks(gate) and _in_blocks(up) and gate.form == up.form:
-        return partial(gate.gates, up)
+        return partial(packed.multiply, layer=gate.layer(), up=up.layer())
     project = _side_by_side(gate, up)
     return lambda rows: rowwise.gated(*project(rows))
 
@@ -264,10 +264,10 @@ def _side_by_side(*layers: Any) -> Project:
         return lambda rows: torch.nn.functional.linear(rows, weight, bias).split(sizes, dim=-1)
     in_whole_blocks = type(first) is PlainLinear and not any(size % BLOCK for size in sizes)
     if in_whole_blocks and len(bits := {layer.bits for layer in layers}) == 1:
-        plain = PlainWeight(_joined(layer.blocks for layer in layers), sum(sizes), bits.pop())
+        joined = PlainWeight(_joined(layer.blocks for layer in layers), sum(sizes), bits.pop()).layer()
 
         def project(rows: torch.Tensor) -> Sequence[torch.Tensor]:
-            output = plain_linear(rows, plain)
+            output = packed.multiply(rows, joined)
             return (output if bias is None else output.add_(bias)).split(sizes, dim=-1)
 
         return project

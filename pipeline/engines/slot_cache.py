@@ -143,7 +143,8 @@ class SlotCache:
             raise NotServedError("attention outside a packed step")
 
         step = self.step
-        keys, values = self.pools(module.layer_idx, key, value)
+        shapes = ((key.shape[1], key.shape[-1]), (value.shape[1], value.shape[-1]))
+        keys, values = self.pools(module.layer_idx, key, *shapes)
         keys[step.places] = key[0].transpose(0, 1)
         values[step.places] = value[0].transpose(0, 1)
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
@@ -175,10 +176,12 @@ class SlotCache:
                 for pool in pools:
                     pool[target : target + num_tokens] = pool[source : source + num_tokens]
 
-    def pools(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A layer's keys and values [places, heads, size], made with those of `key` and `value` at first."""
-        if layer not in self._pools:
-            self._pools[layer] = tuple(  # type: ignore[assignment]
-                new.new_empty(self.num_tokens + 1, new.shape[1], new.shape[-1]) for new in (key, value)
-            )
-        return self._pools[layer]
+    def pools(
+        self, layer: int, like: torch.Tensor, key_shape: tuple[int, int], value_shape: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's keys and values [places, heads, size], of these heads and sizes and as `like` when first made."""
+        pools = self._pools.get(layer)
+        if pools is None:
+            keys, values = (like.new_empty(self.num_tokens + 1, *shape) for shape in (key_shape, value_shape))
+            pools = self._pools[layer] = (keys, values)
+        return pools

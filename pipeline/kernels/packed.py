@@ -52,6 +52,10 @@ class PackedWeight(NamedTuple):
         """Those experts of a stack."""
         return PackedWeight(self.codes[index], self.scales[index], self.bits)
 
+    def layer(self, *, int8: bool = False) -> Layer:
+        """For native code; `int8`: rows are rounded first."""
+        return Layer(self.codes, self.scales, self.num_outputs, self.num_inputs, self.bits, int8=int8)
+
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """The weights [..., N, K]: exact in float32, rounded once to anything smaller."""
@@ -65,8 +69,8 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     return scaled.flatten(-3, -2).transpose(-2, -1).flatten(-3, -2).to(dtype)
 
 
-def linear(x: Tensor, weight: PackedWeight, residual: Tensor | None = None, *, int8: bool = False) -> Tensor:
-    """x [..., K] times the layer, plus `residual`: [..., N], both in the type of x, which is any floating one.
+def linear(x: Tensor, weight: PackedWeight, *, int8: bool = False) -> Tensor:
+    """x [..., K] times the layer: [..., N] in the type of x, which is any floating one.
 
     With `int8` x is rounded first, each 128 inputs of a row to whole numbers up to 127 times a scale.
     """
@@ -74,48 +78,52 @@ def linear(x: Tensor, weight: PackedWeight, residual: Tensor | None = None, *, i
 
     library = native_library() if x.device.type == "cpu" else None
     if library is None or not x.numel():
-        out = torch.nn.functional.linear(_rounded(x, weight) if int8 else x, dequantize(weight, x.dtype))
-        return out if residual is None else residual + out
-    return multiply(x, _layer(weight), _row_type(library, x, int8=int8), residual=residual, int8=int8)
+        return torch.nn.functional.linear(_rounded(x, weight) if int8 else x, dequantize(weight, x.dtype))
+    return multiply(x, weight.layer(int8=int8))
 
 
-def gated(x: Tensor, gate: PackedWeight, up: PackedWeight, *, int8: bool = False) -> Tensor:
-    """silu(x times gate) * (x times up), [..., N] in the type of x [..., K].
+class Layer:
+    """A layer as native code is told of it: in blocks, or as torch has it, its rows `stride` numbers apart.
 
-    The two have the same numbers of inputs and outputs, bits and groups. Call it only where there is native code.
+    It may be used again and again as long as its tensors lie where they do. `scales` is None for plain weights. With
+    `int8` rows are rounded first.
     """
-    library = native_library()
-    assert library is not None
-    return multiply(x, _layer(gate), _row_type(library, x, int8=int8), up=_layer(up), int8=int8)
+
+    def __init__(
+        self,
+        codes: Tensor,
+        scales: Tensor | None,
+        num_outputs: int,
+        num_inputs: int,
+        bits: int,
+        stride: int = 0,
+        *,
+        int8: bool = False,
+    ) -> None:
+        self._tensors = codes, scales  # that they stay
+        self._multiplies_bf16 = has_bfloat16() and not int8
+        if scales is None:
+            self._multiplies_bf16 &= bits == 16 and num_inputs % 2 == 0
+        self.num_outputs, self.num_inputs, self.int8 = num_outputs, num_inputs, int8
+        group = num_inputs if scales is None else num_inputs // scales.shape[-2]
+        places = (codes.data_ptr(), None if scales is None else scales.data_ptr())
+        self.described = ctypes.byref(_Packed(*places, num_outputs, num_inputs, bits, group, stride))
+
+    def row_type(self, dtype: torch.dtype) -> torch.dtype:
+        """What native code takes rows of this type in."""
+        import torch
+
+        return torch.bfloat16 if dtype == torch.bfloat16 and self._multiplies_bf16 else torch.float32
+
+    def kind(self, row_type: torch.dtype) -> int:
+        """The number that native code has for such rows."""
+        import torch
+
+        return _INT8 if self.int8 else _BFLOAT16 if row_type == torch.bfloat16 else _FLOAT32
 
 
-class Layer(NamedTuple):
-    """A layer for native code: in blocks, or as torch has it, its rows `stride` numbers apart."""
-
-    codes: Tensor
-    scales: Tensor | None  # None for plain weights
-    num_outputs: int
-    num_inputs: int
-    bits: int
-    stride: int = 0
-
-    def described(self) -> Any:
-        """As `blocks.h` has it, by reference; valid as long as the tensors are."""
-        group = self.num_inputs if self.scales is None else self.num_inputs // self.scales.shape[-2]
-        places = (self.codes.data_ptr(), None if self.scales is None else self.scales.data_ptr())
-        return ctypes.byref(_Packed(*places, self.num_outputs, self.num_inputs, self.bits, group, self.stride))
-
-
-def multiply(
-    x: Tensor,
-    layer: Layer,
-    row_type: torch.dtype,
-    *,
-    residual: Tensor | None = None,
-    up: Layer | None = None,
-    int8: bool = False,
-) -> Tensor:
-    """x [..., K] times one layer, plus `residual`, [..., N] in the type of x; in native code, rows being of `row_type`.
+def multiply(x: Tensor, layer: Layer, residual: Tensor | None = None, *, up: Layer | None = None) -> Tensor:
+    """x [..., K] times one layer, plus `residual`, [..., N] in the type of x; in native code.
 
     With `up`, a layer of the same form, silu of the product times that with `up`, and no residual. What follows the
     product is done before rounding. MemoryError where there is no room.
@@ -124,30 +132,32 @@ def multiply(
 
     library = native_library()
     assert library is not None
-
-    def as_rows(tensor: Tensor, size: int) -> Tensor:  # each call of torch costs as much as a few rows of a small layer
-        rows = tensor if tensor.dim() == 2 else tensor.reshape(-1, size)
-        return (rows if rows.dtype == row_type else rows.to(row_type)).contiguous()
-
-    rows = as_rows(x, layer.num_inputs)
+    row_type = layer.row_type(x.dtype)
+    rows = _as_rows(x, layer.num_inputs, row_type)
     num_rows = rows.shape[0]
     out = torch.empty(num_rows, layer.num_outputs, dtype=row_type)
-    how = (out.data_ptr(), _kind(rows, int8=int8), torch.get_num_threads())
+    how = (out.data_ptr(), layer.kind(row_type), torch.get_num_threads())
     if not num_rows:
         failed = 0
     elif up is not None:
-        failed = library.packed_gated(layer.described(), up.described(), rows.data_ptr(), num_rows, *how)
+        failed = library.packed_gated(layer.described, up.described, rows.data_ptr(), num_rows, *how)
     else:
-        added = None if residual is None else as_rows(residual, layer.num_outputs)
+        added = None if residual is None else _as_rows(residual, layer.num_outputs, row_type)
         place = None if added is None else added.data_ptr()
-        failed = library.packed_linear(layer.described(), rows.data_ptr(), num_rows, place, *how)
+        failed = library.packed_linear(layer.described, rows.data_ptr(), num_rows, place, *how)
     _check(failed)
-    out = out if row_type == x.dtype else out.to(x.dtype)
+    if row_type != x.dtype:
+        out = out.to(x.dtype)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], layer.num_outputs)
 
 
-def _layer(weight: PackedWeight) -> Layer:
-    return Layer(weight.codes, weight.scales, weight.num_outputs, weight.num_inputs, weight.bits)
+def _as_rows(tensor: Tensor, size: int, row_type: torch.dtype) -> Tensor:
+    """[rows, size], contiguous; each call of torch costs as much as a few rows of a small layer."""
+    if tensor.dim() != 2:
+        tensor = tensor.reshape(-1, size)
+    if tensor.dtype != row_type:
+        tensor = tensor.to(row_type)
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def experts(
@@ -168,12 +178,13 @@ def experts(
     library = native_library() if x.device.type == "cpu" else None
     if library is None or not x.numel():
         return _experts_in_torch(x, chosen, weights, gate_up, down, int8=int8)
-    rows, top_k = x.to(_row_type(library, x, int8=int8)).contiguous(), chosen.shape[-1]
+    into, out_of = gate_up.layer(int8=int8), down.layer(int8=int8)
+    rows, top_k = x.to(into.row_type(x.dtype)).contiguous(), chosen.shape[-1]
     chosen, weights = chosen.to(torch.int64).contiguous(), weights.to(torch.float32).contiguous()
     out = torch.empty_like(rows)
     failed = library.packed_experts(
-        _layer(gate_up).described(),
-        _layer(down).described(),
+        into.described,
+        out_of.described,
         rows.data_ptr(),
         len(rows),
         chosen.data_ptr(),
@@ -181,7 +192,7 @@ def experts(
         top_k,
         len(gate_up.codes),
         out.data_ptr(),
-        _kind(rows, int8=int8),
+        into.kind(rows.dtype),
         torch.get_num_threads(),
     )
     _check(failed)
@@ -229,6 +240,7 @@ def kernel_in_use() -> str:
     return "native code with bfloat16 products" if library.packed_has_bf16() else "native code in float32"
 
 
+@cache
 def has_bfloat16() -> bool:
     """Whether native code multiplies bfloat16 rows as they are."""
     library = native_library()
@@ -261,20 +273,6 @@ def native_library() -> ctypes.CDLL | None:
         *(number, number, pointer, switch, switch),
     )
     return library
-
-
-def _kind(rows: Tensor, *, int8: bool) -> int:
-    import torch
-
-    return _INT8 if int8 else _BFLOAT16 if rows.dtype == torch.bfloat16 else _FLOAT32
-
-
-def _row_type(library: ctypes.CDLL, x: Tensor, *, int8: bool) -> torch.dtype:
-    """What the kernel takes x in."""
-    import torch
-
-    has_bf16 = x.dtype == torch.bfloat16 and not int8 and library.packed_has_bf16()
-    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def _check(failed: int) -> None:

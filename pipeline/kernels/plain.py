@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from pipeline.kernels import packed, place
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 
@@ -30,6 +29,10 @@ class PlainWeight(NamedTuple):
     @property
     def num_inputs(self) -> int:
         return self.blocks.shape[1] * 32 // self.bits
+
+    def layer(self) -> packed.Layer:
+        """For native code."""
+        return packed.Layer(self.blocks, None, self.num_outputs, self.num_inputs, self.bits)
 
 
 def is_served() -> bool:
@@ -58,22 +61,9 @@ def in_plain_blocks(weight: Tensor) -> PlainWeight:
     raise AssertionError("float32 as it is loses nothing")
 
 
-def plain_linear(x: Tensor, weight: PlainWeight, residual: Tensor | None = None) -> Tensor:
-    """x [..., K] float32 or bfloat16 times the layer, plus `residual`: [..., N], both in the type of x.
-
-    The sum with `residual` is rounded once. Call it only where `is_served`.
-    """
-    layer = _layer(weight)
-    return packed.multiply(x, layer, _row_type(x, layer), residual=residual)
-
-
-def plain_gated(x: Tensor, gate: PlainWeight, up: PlainWeight) -> Tensor:
-    """silu(x times gate) * (x times up), [..., N] in the type of x [..., K], rounded once.
-
-    The two are of one shape and as many bits. Call it only where `is_served`.
-    """
-    layer = _layer(gate)
-    return packed.multiply(x, layer, _row_type(x, layer), up=_layer(up))
+def plain_linear(x: Tensor, weight: PlainWeight) -> Tensor:
+    """x [..., K] float32 or bfloat16 times the layer: [..., N] in the type of x. Call it only where `is_served`."""
+    return packed.multiply(x, weight.layer())
 
 
 def matrix_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -91,15 +81,4 @@ def matrix_linear(x: Tensor, weight: Tensor) -> Tensor:
         weight = weight.contiguous()
     num_outputs, num_inputs = weight.shape
     layer = packed.Layer(weight, None, num_outputs, num_inputs, bits_of[weight.dtype], weight.stride(0))
-    return packed.multiply(x, layer, _row_type(x, layer))
-
-
-def _layer(weight: PlainWeight) -> packed.Layer:
-    return packed.Layer(weight.blocks, None, weight.num_outputs, weight.num_inputs, weight.bits)
-
-
-def _row_type(x: Tensor, layer: packed.Layer) -> torch.dtype:
-    import torch
-
-    in_pairs = x.dtype == torch.bfloat16 and layer.bits == 16 and layer.num_inputs % 2 == 0 and packed.has_bfloat16()
-    return torch.bfloat16 if in_pairs else torch.float32
+    return packed.multiply(x, layer)

@@ -67,13 +67,14 @@ def rotate(
 ) -> Tensor:
     """Rotary positions: gives the queries [rows, heads, size], and puts keys and values into their places in the pools.
 
-    `query`, `key` and `value` are [rows, heads * size] with dense rows; `angles` are cosines and sines [rows, rotated],
-    the halves of a head's first `rotated` numbers being pairs (GPT-NeoX); `norms` are weights float32 [size] of an RMS
-    norm of each head before that, or None. `pools` are [.., key heads, size], `places` int64 [rows].
+    `query`, `key` and `value` are [rows, heads * size] with dense rows; `angles` are cosines and sines
+    [.., rows, rotated], the halves of a head's first `rotated` numbers being pairs (GPT-NeoX); `norms` are weights
+    float32 [size] of an RMS norm of each head before that, or None. `pools` are [.., key heads, size], `places` int64
+    [rows].
     """
     import torch
 
-    cosine, sine = (angle.reshape(-1, angle.shape[-1]).contiguous() for angle in angles)
+    cosine, sine = (angle if angle.is_contiguous() else angle.contiguous() for angle in angles)
     keys, values = pools
     key_heads, size = keys.shape[1:]
     rows, heads = query.shape[0], query.shape[1] // size

@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
-from pipeline.kernels.packed import PackedWeight, experts, gated, linear
-from pipeline.kernels.plain import PlainWeight, in_plain_blocks, plain_gated, plain_linear
+from pipeline.kernels.packed import Layer, PackedWeight, experts, linear
+from pipeline.kernels.plain import PlainWeight, in_plain_blocks, plain_linear
 from pipeline.loading.expert_stream import ExpertStream
 from pipeline.loading.weight_files import WeightShape
 from pipeline.loading.weight_source import LayerWeights
@@ -43,13 +43,9 @@ class QuantizedLinear(nn.Module):
         out = linear(x, self.weight_in_blocks, int8=self.int8)
         return out if self.bias is None else out + self.bias
 
-    def plus(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """x times the weights, without bias, plus `residual`."""
-        return linear(x, self.weight_in_blocks, residual, int8=self.int8)
-
-    def gates(self, up: QuantizedLinear, x: Tensor) -> Tensor:
-        """silu of x times the weights, times x times those of `up`, a layer of the same form; on a CPU."""
-        return gated(x, self.weight_in_blocks, up.weight_in_blocks, int8=self.int8)
+    def layer(self) -> Layer:
+        """The weights for native code, as long as they stay where they are."""
+        return self.weight_in_blocks.layer(int8=self.int8)
 
 
 class PlainLinear(nn.Module):
@@ -76,13 +72,9 @@ class PlainLinear(nn.Module):
         out = plain_linear(x, self.weight_in_blocks)
         return out if self.bias is None else out.add_(self.bias)
 
-    def plus(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """x times the weights, without bias, plus `residual`."""
-        return plain_linear(x, self.weight_in_blocks, residual)
-
-    def gates(self, up: PlainLinear, x: Tensor) -> Tensor:
-        """silu of x times the weights, times x times those of `up`, a layer of the same form."""
-        return plain_gated(x, self.weight_in_blocks, up.weight_in_blocks)
+    def layer(self) -> Layer:
+        """The weights for native code, as long as they stay where they are."""
+        return self.weight_in_blocks.layer()
 
 
 def put_linears_in_blocks(model: nn.Module) -> None:

@@ -1,0 +1,81 @@
+"""Single steps of a model as the engine computes them: rows that decode with contexts of a length, and prompts alone.
+
+    python benchmarks/step.py [MODEL] [--rows 1 8 16 64] [--places 300] [--prompt-tokens 512] [--repeats 20]
+
+MODEL is a directory or builtin:NAME; `builtin:smollm2-135m-bf16` without one. Medians and least of the repeats in
+milliseconds; where other work shares the machine compare least with least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.engines.packed_model import PackedModel
+from pipeline.engines.slot_cache import Span
+from pipeline.facts.model_facts import read_facts
+from pipeline.loading import load_model
+from pipeline.loading.builtin import prepare_builtin
+from pipeline.plan.plan import make_plan
+from pipeline.probe import probe_machine
+from pipeline.spec.keys import JobSpec
+
+
+def _time(what: str, num_tokens: int, step: Callable[[], Any], repeats: int) -> None:
+    took: list[float] = []
+    for number in range(repeats + 2):
+        began = time.perf_counter()
+        step()
+        if number >= 2:
+            took.append(time.perf_counter() - began)
+    median, least = statistics.median(took), min(took)
+    print(what, f"{median * 1e3:.1f}", f"{least * 1e3:.1f}", f"{num_tokens / median:.0f}", sep=" | ", flush=True)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="builtin:smollm2-135m-bf16")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16, 64])
+    parser.add_argument("--places", type=int, default=300, help="of each row's context")
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=20)
+    given = parser.parse_args()
+    name = given.model.removeprefix("builtin:")
+    directory = prepare_builtin(name) if name != given.model else Path(given.model)
+    spec = JobSpec.model_validate(
+        {
+            "model": {"path": str(directory), "load_strategy": "no-gpu"},
+            "input": {"path": "none"},
+            "output": {"path": "none.jsonl"},
+        }
+    )
+    plan = make_plan(spec, probe_machine(), read_facts(directory))
+    rows, places, length = max(given.rows), given.places, given.prompt_tokens
+    packed = PackedModel(load_model(plan).model, rows)
+    print(f"{name}, {plan.dtype}, {torch.get_num_threads()} threads")
+    print("step | median ms | least ms | tokens/s at the median")
+    with torch.inference_mode():
+        packed.fuse(range(100, 160))
+        packed.resize(max(rows * places, length))
+        # Contexts as a run would leave them, computed in steps of a moderate size.
+        for row in range(rows):
+            span = Span(row, 0, places - 1, row * places, 0)
+            packed.forward(range(100, 99 + places), [], [span], [places - 2])
+        for count in given.rows:
+            decoding = [Span(row, row, 1, row * places, places - 1) for row in range(count)]
+            everyone = range(count)
+            _time(f"{count} rows", count, lambda: packed.forward([7] * count, decoding, [], everyone), given.repeats)  # noqa: B023
+        prompt = Span(0, 0, length, 0, 0)
+        ids = [100 + place % 900 for place in range(length)]
+        _time(f"prompt of {length}", length, lambda: packed.forward(ids, [], [prompt], [length - 1]), given.repeats)
+
+
+if __name__ == "__main__":
+    main()
