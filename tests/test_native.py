@@ -73,6 +73,18 @@ def test_a_library_that_was_cut_short_is_made_anew(source: Path) -> None:
     assert add(source, 1, 1) == 2
 
 
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(source: Path) -> None:
+    directory = source.parent / "cache" / "kernels"
+    directory.mkdir(parents=True)
+    left, written = (directory / f"{name}.unfinished" for name in ("left", "written"))
+    for path in (left, written):
+        path.touch()
+    os.utime(left, (0, 0))
+    assert add(source, 1, 2) == 3
+    assert written in libraries(source)
+    assert left not in libraries(source)
+
+
 def test_who_has_no_compiler_or_cannot_keep_anything_learns_why(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source.write_text("int add(int a, int b) { return a + ; }\n")
     library, reason = native.__wrapped__(source)

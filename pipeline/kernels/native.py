@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,7 @@ _COMPILERS = ("cc", "gcc", "clang")
 _FAST = ("-O3", "-march=native", "-ffp-contract=fast", "-falign-loops=64")
 _FLAGS = (*_FAST, "-fopenmp", "-shared", "-fPIC", "-std=gnu11")
 _TIMEOUT_S = 120
+_UNFINISHED = ".unfinished"
 _HERE = Path(__file__).parent
 _locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # one for each source
 _CPU_FIELDS = ("model name", "flags", "Features", "CPU part")  # of /proc/cpuinfo: what -march=native looks at
@@ -89,8 +91,9 @@ def _compiled(source: Path, directory: Path) -> Path:
     with _locks[source.name]:
         if not compiled.exists():
             directory.mkdir(parents=True, exist_ok=True)
+            _remove_left(directory)
             # Another process that compiles at the same time writes another file; the last replaces like with like.
-            handle, unfinished = tempfile.mkstemp(prefix=compiled.stem, suffix=".unfinished", dir=directory)
+            handle, unfinished = tempfile.mkstemp(prefix=compiled.stem, suffix=_UNFINISHED, dir=directory)
             os.close(handle)
             try:
                 command = [compiler, *_FLAGS, str(source), "-o", unfinished, "-lm"]
@@ -99,6 +102,14 @@ def _compiled(source: Path, directory: Path) -> Path:
             finally:
                 Path(unfinished).unlink(missing_ok=True)
     return compiled
+
+
+def _remove_left(directory: Path) -> None:
+    """What processes were writing when they were killed, or ended before what they had compiled ahead."""
+    for path in directory.glob(f"*{_UNFINISHED}"):
+        with contextlib.suppress(FileNotFoundError):  # its own process is through
+            if time.time() - path.stat().st_mtime > 2 * _TIMEOUT_S:
+                path.unlink()
 
 
 def _compiler() -> str:
