@@ -13,9 +13,6 @@ from typing import TYPE_CHECKING
 from pipeline import __version__, talk
 from pipeline.bandwidth import read_speed
 from pipeline.errors import BusyError, OvernightError, StoppedError
-from pipeline.forecast.census import FIRST_LINES, take_sample
-from pipeline.forecast.forecast import Forecast
-from pipeline.forecast.session import Expectation
 from pipeline.ledger.files import Patience, RunPaths
 from pipeline.ledger.identity import LIMIT, SHARD, Identity
 from pipeline.ledger.ledger import Ledger
@@ -45,6 +42,7 @@ from pipeline.watch import Watch
 if TYPE_CHECKING:
     from pipeline.engines import EngineChoice
     from pipeline.facts.model_facts import ModelFacts
+    from pipeline.forecast.forecast import Forecast
     from pipeline.machine import Machine
     from pipeline.plan.plan import Plan, PromptStats
 
@@ -134,8 +132,6 @@ def _run(
     quiet: bool,
 ) -> Outcome:
     """As far as the output published on this machine."""
-    from pipeline.loading import apply_environment
-
     with stop.interrupting("looking for the input"):
         files = tuple(expand_inputs(spec.input.path))
     parser = LineParser(spec)
@@ -149,6 +145,10 @@ def _run(
         say(f"{output} is finished already; {'there is nothing to retry' if retry else 'nothing was done'}")
         return replace(finished(output, summary), is_news=False)
     with stop.interrupting("preparing"):
+        # Imported by a run that has something to do: who asks for a finished one again need not wait for them.
+        from pipeline.forecast.session import Expectation
+        from pipeline.loading import apply_environment
+
         if shard is None and is_remote(spec.output.path):
             upload_of(spec).refuse_stranger()
         facts, model = locate_model(spec, say, quiet=quiet)
@@ -273,6 +273,7 @@ def prepare(
     Without `stats`, where memory bounds the batch, the first lines of `files` tell how long prompts are.
     """
     from pipeline.engines import choose_engine
+    from pipeline.forecast.census import FIRST_LINES, take_sample
     from pipeline.loading import apply_environment
     from pipeline.plan.budget import MAX_SLOTS
     from pipeline.plan.plan import make_plan
