@@ -11,17 +11,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
+from planned import planned
+
 from pipeline.engines.transformers import open_deterministic_engine, open_engine
-from pipeline.facts.model_facts import read_facts
 from pipeline.loading import load_model
-from pipeline.loading.builtin import prepare_builtin
-from pipeline.plan.plan import make_plan
-from pipeline.probe import probe_machine
 from pipeline.records import Item, Request, Settings
-from pipeline.spec.keys import JobSpec
 
 
 def _requests(count: int, num_prompt: int, num_new: int) -> list[Request]:
@@ -46,20 +42,12 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
-    name = given.model.removeprefix("builtin:")
-    directory = prepare_builtin(name) if name != given.model else Path(given.model)
-    spec = JobSpec.model_validate(
-        {
-            "model": {"path": str(directory), "load_strategy": "no-gpu"},
-            "input": {"path": "none"},
-            "output": {"path": "none.jsonl"},
-        }
-    )
-    model = load_model(make_plan(spec, probe_machine(), read_facts(directory))).model
+    plan = planned(given.model)
+    model = load_model(plan).model
     from transformers import AutoTokenizer
 
     # Its library leaves the type open.
-    tokenizer: Any = AutoTokenizer.from_pretrained(directory)  # pyright: ignore[reportUnknownMemberType]
+    tokenizer: Any = AutoTokenizer.from_pretrained(plan.model_dir)  # pyright: ignore[reportUnknownMemberType]
     room = given.slots * (given.prompt_tokens + given.new_tokens)
     options: dict[str, Any] = {"thinking": None, "slots": given.slots, "cache_tokens": room, "report": print}
     engines = {"normal": open_engine, "deterministic": open_deterministic_engine}

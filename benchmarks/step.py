@@ -12,19 +12,15 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
+from planned import planned
 
 from pipeline.engines.packed_model import PackedModel
 from pipeline.engines.slot_cache import Span
-from pipeline.facts.model_facts import read_facts
 from pipeline.loading import load_model
-from pipeline.loading.builtin import prepare_builtin
-from pipeline.plan.plan import make_plan
-from pipeline.probe import probe_machine
-from pipeline.spec.keys import JobSpec
 
 
 def _time(what: str, num_tokens: int, step: Callable[[], Any], repeats: int) -> None:
@@ -47,19 +43,10 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=20)
     given = parser.parse_args()
-    name = given.model.removeprefix("builtin:")
-    directory = prepare_builtin(name) if name != given.model else Path(given.model)
-    spec = JobSpec.model_validate(
-        {
-            "model": {"path": str(directory), "load_strategy": "no-gpu"},
-            "input": {"path": "none"},
-            "output": {"path": "none.jsonl"},
-        }
-    )
-    plan = make_plan(spec, probe_machine(), read_facts(directory))
+    plan = planned(given.model)
     rows, places, length = max(given.rows), given.places, given.prompt_tokens
     packed = PackedModel(load_model(plan).model, rows)
-    print(f"{name}, {plan.dtype}, {torch.get_num_threads()} threads")
+    print(f"{given.model}, {plan.dtype}, {torch.get_num_threads()} threads")
     print("step | median ms | least ms | tokens/s at the median")
     with torch.inference_mode():
         packed.fuse(range(100, 160))
@@ -70,8 +57,8 @@ def main() -> None:
             packed.forward(range(100, 99 + places), [], [span], [places - 2])
         for count in given.rows:
             decoding = [Span(row, row, 1, row * places, places - 1) for row in range(count)]
-            everyone = range(count)
-            _time(f"{count} rows", count, lambda: packed.forward([7] * count, decoding, [], everyone), given.repeats)  # noqa: B023
+            step = partial(packed.forward, [7] * count, decoding, [], range(count))
+            _time(f"{count} rows", count, step, given.repeats)
         prompt = Span(0, 0, length, 0, 0)
         ids = [100 + place % 900 for place in range(length)]
         _time(f"prompt of {length}", length, lambda: packed.forward(ids, [], [prompt], [length - 1]), given.repeats)

@@ -157,7 +157,7 @@ def _as_rows(tensor: Tensor, size: int, row_type: torch.dtype) -> Tensor:
         tensor = tensor.reshape(-1, size)
     if tensor.dtype != row_type:
         tensor = tensor.to(row_type)
-    return tensor if tensor.is_contiguous() else tensor.contiguous()
+    return tensor.contiguous()
 
 
 def experts(

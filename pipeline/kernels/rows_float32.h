@@ -14,7 +14,7 @@
 #define STAY(register)
 #endif
 
-// Has it read codes anew for every place of a word: kept in registers, they drive sums out of them.
+// Has the compiler read codes anew for every place of a word: kept in registers, they drive sums out of them.
 #define READ_AGAIN __asm__ volatile("" ::: "memory")
 
 // A word of codes with this flipped holds numbers in two's complement.
@@ -91,8 +91,8 @@ TILE_F32(5)
 TILE_F32(6)
 static Tile *const tiles_f32[] = {NULL, tile_f32_1, tile_f32_2, tile_f32_3, tile_f32_4, tile_f32_5, tile_f32_6};
 
-// The same sums for the rows of one tile, without a slab: converting hides behind so few products. What is so many words
-// further on is asked for all the while, a part in each pass over the slab.
+// The same sums for the rows of one tile, without a slab: converting hides behind so few products. The
+// codes that follow, of few bits those after them, are asked for meanwhile, a part in each pass.
 INLINE void direct_f32(const void *const *rows, const int num_rows, int64_t first, int words, const int bits,
                        const uint32_t *codes, const float *scale, float (*sums)[BLOCK]) {
     const int per_word = 32 / bits, width = num_rows > 2 || BLOCK / REGISTER < 4 ? 2 : 4; // vectors side by side

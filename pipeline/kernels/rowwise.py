@@ -74,7 +74,7 @@ def rotate(
     """
     import torch
 
-    cosine, sine = (angle if angle.is_contiguous() else angle.contiguous() for angle in angles)
+    cosine, sine = (angle.contiguous() for angle in angles)
     keys, values = pools
     key_heads, size = keys.shape[1:]
     rows, heads = query.shape[0], query.shape[1] // size

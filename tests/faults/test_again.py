@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -75,3 +77,15 @@ def test_a_finished_run_of_a_real_model_loads_nothing(tmp_path: Path, trials: Tr
     trials.tried_all(7, 1)
     assert seconds_of(job, 0) < 1.0
     assert snapshot(tmp_path) == before
+
+
+def test_a_finished_run_does_not_import_what_only_a_run_needs(tmp_path: Path) -> None:
+    job = write_job(tmp_path, [{"prompt": "fine"}])
+    assert overnight("run", job).returncode == 0
+    script = (
+        "import sys\nfrom pipeline import load_job, run_job\n"
+        f"assert run_job(load_job({str(job)!r})).exit_code == 0\n"
+        "print(*(name for name in sys.modules if name.startswith(('pipeline.forecast', 'pipeline.loading'))))"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []
