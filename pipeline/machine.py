@@ -95,9 +95,9 @@ class Machine:
         return not self.cpu_features.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
 
     @property
-    def has_bf16_vectors_only(self) -> bool:
-        """Whether the processor multiplies bfloat16 in registers of 512 bits, and has no faster units for matrices."""
-        return "avx512_bf16" in self.cpu_features and "amx_bf16" not in self.cpu_features
+    def multiplies_bf16_natively(self) -> bool:
+        """Whether our native code multiplies bfloat16 with the processor's instructions for it (AVX512-BF16, AMX)."""
+        return "avx512_bf16" in self.cpu_features  # where there is AMX there is this too
 
     def to_dict(self) -> dict[str, Any]:
         """Lists, numbers and strings for YAML or JSON; `from_dict` reads them back, and sizes such as 64GiB too."""

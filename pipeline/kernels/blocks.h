@@ -32,7 +32,7 @@ INLINE void ask(Ahead *ahead) {
     ahead->part++;
 }
 
-enum { FLOAT32, BFLOAT16, INT8 }; // kinds of rows
+enum { FLOAT32, BFLOAT16, INT8, AMX }; // kinds of rows; AMX: bfloat16 in tiles, which callers know nothing of
 
 // One layer, or a stack of equal ones: that of expert e begins e * outputs * inputs further.
 typedef struct {

@@ -6,11 +6,13 @@
 
 #pragma once
 
+#include "rows_amx.h"
 #include "rows_bfloat16.h"
 #include "rows_float32.h"
 #include "rows_int8.h"
 
-// sums[r] = the products of rows[r] with one block of outputs; at most CHUNK rows.
+// sums[r] = the products of rows[r] with one block of outputs; at most CHUNK rows. Of rows in tiles rows[0] tells where those
+// of the chunk begin; sums of what fills up the last tile are written too.
 typedef void Multiply(const Packed *, int64_t expert, int64_t block, const void *const *rows, int num_rows,
                       float (*sums)[BLOCK]);
 
@@ -49,6 +51,14 @@ INLINE void all_tiles(const Packed *layer, const Slab *slab, const void *const *
     int num_tiles = (num_rows + TILE_ROWS - 1) / TILE_ROWS;
     const int lines = slab->codes ? slab->step * bits * BLOCK / 512 : 0; // of the slab, and of the next
     Ahead ahead = {(const char *)slab->codes + 64 * lines, lines, 0, num_tiles * (BLOCK / (2 * REGISTER))};
+#if HAS_AMX
+    if (kind == AMX) {
+        const float *scale = layer->scales ? slab->scale : NULL;
+        ahead.num_parts = amx_passes(num_rows, slab->step);
+        amx_slab(layer, rows[0], num_rows, slab->first, slab->step, slab->made, scale, sums, &ahead);
+        return;
+    }
+#endif
     for (; num_tiles; num_tiles--) {
         const int count = (num_rows + num_tiles - 1) / num_tiles;
         switch (count) { // numbers known when compiled, so that sums stay in registers
@@ -65,19 +75,36 @@ INLINE void all_tiles(const Packed *layer, const Slab *slab, const void *const *
     }
 }
 
+// Before the first slab, and after the last.
+INLINE void begin(float (*sums)[BLOCK], int num_rows, const int kind) {
+    (void)kind;
+#if HAS_AMX
+    if (kind == AMX) num_rows = amx_padded(num_rows), amx_begin();
+#endif
+    memset(sums, 0, num_rows * sizeof *sums);
+}
+
+INLINE void end(const int kind) {
+    (void)kind;
+#if HAS_AMX
+    if (kind == AMX) _tile_release();
+#endif
+}
+
 INLINE void multiply_blocks(const Packed *layer, int64_t expert, int64_t block, const void *const *rows, int num_rows,
                             float (*sums)[BLOCK], const int bits, const int kind) {
     const int64_t words = layer->inputs * bits / 32, groups = layer->inputs / layer->group;
     const int64_t place = expert * num_blocks(layer) + block;
     const uint32_t *codes = (const uint32_t *)layer->codes + place * words * BLOCK;
     const uint16_t *scales = bits < 16 ? layer->scales + place * groups * BLOCK : NULL;
-    const int is_plain = kind == BFLOAT16 && bits == 16; // weights which are multiplied where they lie
+    const int is_bf16 = kind == BFLOAT16 || kind == AMX;
+    const int is_plain = is_bf16 && bits == 16; // weights which are multiplied where they lie
     const int step = is_plain ? plain_step(layer->inputs) : step_of(layer);
     const int most_direct = kind == FLOAT32 && bits >= 8 ? 10 : TILE_ROWS; // for more rows a slab is worth its making
-    const int is_made = is_plain || (kind != INT8 && num_rows > most_direct);
+    const int is_made = is_plain || kind == AMX || (kind != INT8 && num_rows > most_direct);
     float made[SLAB * BLOCK] __attribute__((aligned(64))), scale[BLOCK];
     no_scale(scale);
-    memset(sums, 0, num_rows * sizeof *sums);
+    begin(sums, num_rows, kind);
     for (int64_t first = 0; first < layer->inputs; first += step) {
         const int inputs = least(step, layer->inputs - first);
         Slab slab = {codes + first * bits / 32 * BLOCK, made, scale, first, inputs};
@@ -90,12 +117,13 @@ INLINE void multiply_blocks(const Packed *layer, int64_t expert, int64_t block, 
         }
 #if HAS_BF16
         if (is_plain) slab.made = slab.codes;
-        else if (kind == BFLOAT16) slab_bf16(slab.codes, inputs * bits / 32, bits, table_bf16(bits), (uint32_t *)made);
+        else if (is_bf16) slab_bf16(slab.codes, inputs * bits / 32, bits, table_bf16(bits), (uint32_t *)made);
         else
 #endif
         slab_f32(slab.codes, inputs * bits / 32, bits, made);
         all_tiles(layer, &slab, rows, num_rows, sums, bits, kind, 1);
     }
+    end(kind);
 }
 
 #define BLOCKS(bits, kind) \
@@ -114,6 +142,12 @@ BLOCKS(2, BFLOAT16)
 BLOCKS(4, BFLOAT16)
 BLOCKS(8, BFLOAT16)
 BLOCKS(16, BFLOAT16)
+#endif
+#if HAS_AMX
+BLOCKS(2, AMX)
+BLOCKS(4, AMX)
+BLOCKS(8, AMX)
+BLOCKS(16, AMX)
 #endif
 BLOCKS(2, INT8)
 BLOCKS(4, INT8)
@@ -135,26 +169,35 @@ static void multiply_matrix(const Packed *layer, int64_t expert, int64_t block, 
 
 #if HAS_BF16
 // The same with an even number of inputs for rows of bfloat16.
-static void multiply_matrix_bf16(const Packed *layer, int64_t expert, int64_t block, const void *const *rows,
-                                 int num_rows, float (*sums)[BLOCK]) {
-    (void)expert;
+INLINE void multiply_matrix_in_pairs(const Packed *layer, int64_t block, const void *const *rows, int num_rows,
+                                     float (*sums)[BLOCK], const int kind) {
     uint32_t made[PLAIN_SLAB / 2 * BLOCK] __attribute__((aligned(64)));
     float scale[BLOCK];
     const int step = plain_step(layer->inputs);
     no_scale(scale);
-    memset(sums, 0, num_rows * sizeof *sums);
+    begin(sums, num_rows, kind);
     for (int64_t first = 0; first < layer->inputs; first += step) {
         const Slab slab = {NULL, made, scale, first, least(step, layer->inputs - first)};
         pairs_of_matrix(layer, block, first, slab.step, made);
-        all_tiles(layer, &slab, rows, num_rows, sums, 32, BFLOAT16, 1);
+        all_tiles(layer, &slab, rows, num_rows, sums, 32, kind, 1);
     }
+    end(kind);
 }
-#else
-#define multiply_matrix_bf16 NULL
+
+#define MATRIX(kind) \
+    static void multiply_matrix_##kind(const Packed *layer, int64_t expert, int64_t block, const void *const *rows, \
+                                       int num_rows, float (*sums)[BLOCK]) { \
+        (void)expert; \
+        multiply_matrix_in_pairs(layer, block, rows, num_rows, sums, kind); \
+    }
+MATRIX(BFLOAT16)
+#if HAS_AMX
+MATRIX(AMX)
+#endif
 #endif
 
 static Multiply *multiply_for(const Packed *layer, int kind) {
-    static Multiply *const variants[3][5] = {
+    static Multiply *const variants[4][5] = {
         {multiply_2_FLOAT32, multiply_4_FLOAT32, multiply_8_FLOAT32, multiply_16_FLOAT32, multiply_32_FLOAT32},
 #if HAS_BF16
         {multiply_2_BFLOAT16, multiply_4_BFLOAT16, multiply_8_BFLOAT16, multiply_16_BFLOAT16},
@@ -162,7 +205,19 @@ static Multiply *multiply_for(const Packed *layer, int kind) {
         {NULL},
 #endif
         {multiply_2_INT8, multiply_4_INT8, multiply_8_INT8},
+#if HAS_AMX
+        {multiply_2_AMX, multiply_4_AMX, multiply_8_AMX, multiply_16_AMX},
+#endif
     };
-    if (layer->stride) return kind == BFLOAT16 ? multiply_matrix_bf16 : multiply_matrix;
+    static Multiply *const of_matrices[4] = {
+        multiply_matrix,
+#if HAS_BF16
+        multiply_matrix_BFLOAT16,
+#endif
+#if HAS_AMX
+        [AMX] = multiply_matrix_AMX,
+#endif
+    };
+    if (layer->stride) return of_matrices[kind];
     return variants[kind][__builtin_ctzll(layer->bits) - 1];
 }

@@ -25,18 +25,32 @@ INLINE void store_sums(const float *sums, void *out, int64_t at, int64_t count, 
     else memcpy((char *)out + at * size, from, count * size);
 }
 
-// Whether rows may be bfloat16.
-int packed_has_bf16(void) { return HAS_BF16; }
-
-// How many bytes a row of a layer takes in the form in which it is multiplied.
-INLINE int64_t row_bytes(const Packed *layer, int kind) {
-    return kind == INT8 ? quantized_bytes(layer) : layer->inputs * (kind == BFLOAT16 ? 2 : 4);
+// Whether rows may be bfloat16; 2 if a matrix unit takes them.
+int packed_has_bf16(void) {
+#if HAS_AMX
+    if (amx_is_allowed()) return 2;
+#endif
+    return HAS_BF16;
 }
 
-// Puts a row into that form; rows of float32, or for plain weights, are multiplied as they come.
-INLINE void prepare(const void *row, const Packed *layer, int kind, void *to) {
-    if (kind == INT8) quantize(row, layer, to);
-    else arrange(row, layer->inputs, layer->bits, to);
+// The kind that rows are multiplied as.
+INLINE int form_of(const Packed *layer, int kind) { return kind == BFLOAT16 && amx_serves(layer) ? AMX : kind; }
+
+// How many bytes a row of a layer takes as such, and for how many there has to be room.
+INLINE int64_t row_bytes(const Packed *layer, int form) {
+    return form == INT8 ? quantized_bytes(layer) : layer->inputs * (form == FLOAT32 ? 4 : 2);
+}
+
+INLINE int64_t padded(int64_t num_rows, int form) { return form == AMX ? amx_padded(num_rows) : num_rows; }
+
+// Of the first cache line on: what is read in whole lines should not lie across two.
+static void *room(int64_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
+
+// Puts a row among those that are multiplied; rows of float32, or for plain weights, are multiplied as they come.
+INLINE void prepare(const void *row, const Packed *layer, int form, void *prepared, int64_t place) {
+    if (form == AMX) amx_put(row, layer->inputs, layer->bits, prepared, place);
+    else if (form == INT8) quantize(row, layer, (char *)prepared + place * row_bytes(layer, form));
+    else arrange(row, layer->inputs, layer->bits, (uint32_t *)((char *)prepared + place * row_bytes(layer, form)));
 }
 
 // Tasks that a thread takes at once: their weights follow each other, and the longer a piece of memory, the faster it is
@@ -66,14 +80,15 @@ INLINE void add_block(float *sums, const void *residual, int64_t at, int64_t cou
 // are multiplied with silu of the first.
 INLINE int multiply_rows(const Packed *layer, const Packed *up, const void *x, int64_t num_rows, const void *residual,
                          void *out, int kind, int num_threads, const int has_up) {
-    const int64_t blocks = num_blocks(layer), value = kind == BFLOAT16 ? 2 : 4, size = row_bytes(layer, kind);
+    const int form = form_of(layer, kind);
+    const int64_t blocks = num_blocks(layer), value = kind == BFLOAT16 ? 2 : 4, size = row_bytes(layer, form);
     int64_t chunk = CHUNK;
     while (chunk > LEAST_CHUNK && blocks * ((num_rows + chunk - 1) / chunk) < 4 * num_threads) chunk /= 2;
     const int64_t num_chunks = (num_rows + chunk - 1) / chunk;
     const int64_t run = run_of(blocks * num_chunks, num_threads);
-    Multiply *multiply_block = multiply_for(layer, kind);
-    const int as_they_come = kind == FLOAT32 || !layer->scales;
-    char *prepared = as_they_come ? NULL : malloc(num_rows * size);
+    Multiply *multiply_block = multiply_for(layer, form);
+    const int as_they_come = form == FLOAT32 || (form == BFLOAT16 && !layer->scales);
+    char *prepared = as_they_come ? NULL : room(padded(num_rows, form) * size);
     if (!as_they_come && !prepared) return 1;
     const char *from = as_they_come ? x : prepared;
 #pragma omp parallel num_threads(num_threads)
@@ -81,14 +96,14 @@ INLINE int multiply_rows(const Packed *layer, const Packed *up, const void *x, i
         if (prepared)
 #pragma omp for
             for (int64_t row = 0; row < num_rows; row++)
-                prepare((const char *)x + row * layer->inputs * value, layer, kind, prepared + row * size);
+                prepare((const char *)x + row * layer->inputs * value, layer, form, prepared, row);
 #pragma omp for schedule(dynamic, run)
         for (int64_t task = 0; task < blocks * num_chunks; task++) {
             const int64_t block = task / num_chunks, first = task % num_chunks * chunk;
             const int64_t whole = least(BLOCK, layer->outputs - block * BLOCK);
             const int count = least(chunk, num_rows - first);
             const void *rows[CHUNK];
-            float sums[1 + has_up][CHUNK][BLOCK];
+            float sums[1 + has_up][CHUNK][BLOCK] __attribute__((aligned(64)));
             for (int row = 0; row < count; row++) rows[row] = from + (first + row) * size;
             multiply_block(layer, 0, block, rows, count, sums[0]);
             if (has_up) multiply_block(up, 0, block, rows, count, sums[has_up]);
@@ -144,43 +159,62 @@ int packed_experts(const Packed *gate_up, const Packed *down, const void *x, int
                    const float *weights, int64_t top_k, int64_t num_experts, void *out, int kind, int num_threads) {
     const int64_t hidden = gate_up->inputs, width = down->inputs, num_pairs = num_tokens * top_k;
     const int64_t value = kind == BFLOAT16 ? 2 : 4, width_blocks = width / BLOCK;
-    const int64_t size = row_bytes(gate_up, kind), inner_size = row_bytes(down, kind);
-    int64_t *starts = malloc((num_experts + 1 + num_pairs + num_experts) * sizeof *starts);
-    char *inner = malloc(num_pairs * width * value), *prepared = kind == FLOAT32 ? NULL : malloc(num_tokens * size);
+    // Tiles are filled with the rows of one expert, which every thread gathers for itself.
+    const int form = form_of(gate_up, kind) == AMX ? form_of(down, kind) : kind, in_tiles = form == AMX;
+    const int64_t num_filling = in_tiles ? (AMX_ROWS - 1) * least(num_experts, num_pairs) : 0;
+    const int64_t size = row_bytes(gate_up, form), inner_size = row_bytes(down, form);
+    int64_t *starts = malloc((num_experts + 1 + num_pairs + 2 * num_experts) * sizeof *starts);
+    char *inner = room((num_pairs + num_filling) * width * value);
+    char *prepared = kind == FLOAT32 ? NULL : room(num_tokens * size);
+    char *gathered = in_tiles ? room(num_threads * CHUNK * size) : NULL;
     char *inner_prepared = kind == INT8 ? malloc(num_pairs * inner_size) : NULL;
     const int64_t together = blocks_together(num_tokens, hidden / BLOCK, num_threads);
     float *totals = malloc(num_threads * num_tokens * together * BLOCK * sizeof *totals);
-    if (!starts || !inner || !totals || (kind != FLOAT32 && !prepared) || (kind == INT8 && !inner_prepared)) {
-        free(starts), free(inner), free(prepared), free(inner_prepared), free(totals);
+    if (!starts || !inner || !totals || (kind != FLOAT32 && !prepared) || (kind == INT8 && !inner_prepared) ||
+        (in_tiles && !gathered)) {
+        free(starts), free(inner), free(prepared), free(gathered), free(inner_prepared), free(totals);
         return 1;
     }
     int64_t *sorted = starts + num_experts + 1, *hit = sorted + num_pairs, num_hit = 0;
+    int64_t *places = hit + num_experts, num_places = 0; // of an expert's first row among those within
     sort(chosen, num_tokens, top_k, num_experts, starts, sorted);
-    for (int64_t expert = 0; expert < num_experts; expert++)
+    for (int64_t expert = 0; expert < num_experts; expert++) {
         if (starts[expert + 1] > starts[expert]) hit[num_hit++] = expert;
+        places[expert] = num_places;
+        num_places += padded(starts[expert + 1] - starts[expert], form);
+    }
     const int64_t run = run_of(num_hit * width_blocks, num_threads);
-    Multiply *into = multiply_for(gate_up, kind), *from = multiply_for(down, kind);
+    Multiply *into = multiply_for(gate_up, form), *from = multiply_for(down, form);
     const char *tokens = kind == FLOAT32 ? x : prepared, *inner_rows = kind == INT8 ? inner_prepared : inner;
 #pragma omp parallel num_threads(num_threads)
     {
         const void *rows[CHUNK];
-        float sums[2][CHUNK][BLOCK];
+        float sums[2][CHUNK][BLOCK] __attribute__((aligned(64)));
+        char *tiles = in_tiles ? gathered + omp_get_thread_num() * CHUNK * size : NULL;
+        int64_t in_tiles_from = -1; // of the sorted pairs
         if (prepared)
 #pragma omp for
             for (int64_t token = 0; token < num_tokens; token++)
-                prepare((const char *)x + token * hidden * value, gate_up, kind, prepared + token * size);
+                prepare((const char *)x + token * hidden * value, gate_up, kind, prepared, token);
 #pragma omp for schedule(dynamic, run)
         for (int64_t task = 0; task < num_hit * width_blocks; task++) {
             const int64_t expert = hit[task / width_blocks], block = task % width_blocks;
             for (int64_t first = starts[expert]; first < starts[expert + 1]; first += CHUNK) {
                 const int count = least(CHUNK, starts[expert + 1] - first);
-                for (int row = 0; row < count; row++)
-                    rows[row] = tokens + sorted[first + row] / top_k * size;
+                for (int row = 0; row < count; row++) rows[row] = tokens + sorted[first + row] / top_k * size;
+                if (in_tiles) {
+                    for (int row = 0; row < count && in_tiles_from != first; row++)
+                        amx_put(rows[row], hidden, 16, tiles, row); // arranged already
+                    in_tiles_from = first;
+                    rows[0] = tiles;
+                }
                 into(gate_up, expert, block, rows, count, sums[0]);
                 into(gate_up, expert, block + width_blocks, rows, count, sums[1]);
                 for (int row = 0; row < count; row++) {
                     gate_block(sums[0][row], sums[1][row]);
-                    char *to = inner + ((first + row) * width + block * BLOCK) * value;
+                    const int64_t place = places[expert] + first - starts[expert] + row;
+                    char *to = in_tiles ? amx_place(inner, width, place) + block * AMX_BYTES
+                                        : inner + (place * width + block * BLOCK) * value;
                     if (kind == BFLOAT16) {
                         uint16_t rounded[BLOCK];
                         store_sums(sums[0][row], rounded, 0, BLOCK, 1);
@@ -204,7 +238,8 @@ int packed_experts(const Packed *gate_up, const Packed *down, const void *x, int
                 const int64_t expert = hit[place];
                 for (int64_t first = starts[expert]; first < starts[expert + 1]; first += CHUNK) {
                     const int count = least(CHUNK, starts[expert + 1] - first);
-                    for (int row = 0; row < count; row++) rows[row] = inner_rows + (first + row) * inner_size;
+                    const char *own = inner_rows + (places[expert] + first - starts[expert]) * inner_size;
+                    for (int row = 0; row < count; row++) rows[row] = own + row * inner_size;
                     for (int64_t block = begin; block < end; block++) {
                         from(down, expert, block, rows, count, sums[0]);
                         for (int row = 0; row < count; row++) {
@@ -222,6 +257,6 @@ int packed_experts(const Packed *gate_up, const Packed *down, const void *x, int
                                kind == BFLOAT16);
         }
     }
-    free(starts), free(inner), free(prepared), free(inner_prepared), free(totals);
+    free(starts), free(inner), free(prepared), free(gathered), free(inner_prepared), free(totals);
     return 0;
 }

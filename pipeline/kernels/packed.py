@@ -237,7 +237,10 @@ def kernel_in_use() -> str:
     library, reason = native(SOURCE)
     if library is None:
         return f"torch, much slower than native code: {reason}"
-    return "native code with bfloat16 products" if library.packed_has_bf16() else "native code in float32"
+    return (
+        "native code "
+        + ("in float32", "with bfloat16 products", "with bfloat16 products in AMX")[library.packed_has_bf16()]
+    )
 
 
 @cache

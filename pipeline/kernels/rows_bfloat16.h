@@ -16,6 +16,10 @@
 
 // Puts the inputs of a row into the order in which the slab has them.
 static void arrange(const uint16_t *row, int64_t inputs, int bits, uint32_t *pairs) {
+    if (bits == 16) {
+        memcpy(pairs, row, inputs * sizeof *row);
+        return;
+    }
     const int per_half = 16 / bits;
     for (int64_t word = 0; word < inputs / (2 * per_half); word++)
         for (int place = 0; place < per_half; place++) {
@@ -24,10 +28,10 @@ static void arrange(const uint16_t *row, int64_t inputs, int bits, uint32_t *pai
         }
 }
 
-// Inputs of a slab of plain weights: equal parts, an even number for each.
+// Inputs of a slab of plain weights: parts as equal as whole tiles of a matrix unit are, 32 inputs each.
 INLINE int plain_step(int64_t inputs) {
     const int64_t parts = (inputs + PLAIN_SLAB - 1) / PLAIN_SLAB;
-    return (inputs / 2 + parts - 1) / parts * 2;
+    return ((inputs + parts - 1) / parts + 31) / 32 * 32;
 }
 
 // A slab of plain weights that lie as torch has them; beyond the last output it is repeated.

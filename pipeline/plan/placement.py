@@ -113,7 +113,7 @@ class Placer:
             return False, "its products use this device's own instructions for the type"
         if self.dtype(strategy)[0] == "float32":
             reason = "float32 sums over weights that stay bfloat16 where they are, which halves what a step reads"
-        elif self.machine.has_bf16_vectors_only:
+        elif self.machine.multiplies_bf16_natively:
             reason = "weights lie as this CPU multiplies bfloat16, which torch would arrange anew for every product"
         elif self.spec.generation.deterministic:
             reason = "each row is summed in one order, which torch's products for the type do not promise"
