@@ -1,6 +1,6 @@
 """Single steps of a model as the engine computes them: rows that decode with contexts of a length, and prompts alone.
 
-    python benchmarks/step.py [MODEL] [--rows 1 8 16 64] [--places 300] [--prompt-tokens 512] [--repeats 20]
+    python benchmarks/step.py [MODEL] [--rows 1 8 16 64] [--places 300] [--alike 0] [--prompt-tokens 512] [--repeats 20]
 
 MODEL is a directory or builtin:NAME; `builtin:smollm2-135m-bf16` without one. Medians and least of the repeats in
 milliseconds; where other work shares the machine compare least with least.
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="builtin:smollm2-135m-bf16")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16, 64])
     parser.add_argument("--places", type=int, default=300, help="of each row's context")
+    parser.add_argument("--alike", type=int, default=0, help="places that the contexts begin alike with, as steps know")
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=20)
     given = parser.parse_args()
@@ -56,7 +57,7 @@ def main() -> None:
             span = Span(row, 0, places - 1, row * places, 0)
             packed.forward(range(100, 99 + places), [], [span], [places - 2])
         for count in given.rows:
-            decoding = [Span(row, row, 1, row * places, places - 1) for row in range(count)]
+            decoding = [Span(row, row, 1, row * places, places - 1, 0, given.alike) for row in range(count)]
             step = partial(packed.forward, [7] * count, decoding, [], range(count))
             _time(f"{count} rows", count, step, given.repeats)
         prompt = Span(0, 0, length, 0, 0)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.kernels import attention
 from pipeline.kernels.attention import (
+    ALIKE_TOKENS,
     attend_one,
     attend_one_in_torch,
     attend_prompts,
@@ -70,6 +71,31 @@ def test_a_row_is_bit_by_bit_the_same_in_any_company() -> None:
         one = slice(row, row + 1)
         alone = attend_one(query[one], keys, values, starts[one], lengths[one], 0.2, None)
         assert torch.equal(alone[0], together[row])
+
+
+@needs_compiler
+@pytest.mark.parametrize("heads", [(6, 2), (8, 8)])
+@pytest.mark.parametrize("size", [24, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_places_alike_are_read_where_another_has_them(dtype: torch.dtype, size: int, heads: tuple[int, int]) -> None:
+    lengths = [200, 33, 97, 70, 130] * 3  # many rows and few are distributed in other ways
+    query, keys, values, starts, counts = pool(lengths, *heads, size, dtype)
+    num_alike = [length // ALIKE_TOKENS * ALIKE_TOKENS for length in lengths]
+    num_alike[3::5] = [0] * 3
+    alike = torch.tensor([[int(starts[0]), count] for count in num_alike])
+    for pools in (keys, values):
+        for start, count in zip(starts.tolist(), num_alike, strict=True):
+            pools[start : start + count] = pools[starts[0] : starts[0] + count]
+    whole = [attend_one(query, keys, values, starts, counts, 0.2, window) for window in (None, 300, 45)]
+    assert torch.equal(attend_one(query, keys, values, starts, counts, 0.2, 45, alike), whole[2])
+    for pools in (keys, values):
+        for start, count in list(zip(starts.tolist(), num_alike, strict=True))[1:]:
+            pools[start : start + count] = math.nan
+    for window, expected in ((None, whole[0]), (300, whole[1])):
+        assert torch.equal(attend_one(query, keys, values, starts, counts, 0.2, window, alike), expected)
+        few = slice(1, 3)
+        one_by_one = attend_one(query[few], keys, values, starts[few], counts[few], 0.2, window, alike[few])
+        assert torch.equal(one_by_one, expected[few])
 
 
 @needs_compiler

@@ -2,15 +2,18 @@
 
 import copy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.engines import slot_cache
 from pipeline.engines.kept_prefix import KeptPrefix, common_prefix
 from pipeline.engines.prefixes import LEAST_SHARED_TOKENS, Prefixes
-from pipeline.engines.schedule import Schedule
+from pipeline.engines.schedule import Schedule, Seat
+from pipeline.kernels.attention import attend_one
 from tests.tiny_models import PACKED, answers, engine_of, prompts, request, tampered, texts, tiny_model
 
 SHARED = [7 + place % 60 for place in range(40)]
@@ -64,6 +67,11 @@ def test_everyone_comes_to_the_end_and_borrows_only_what_is_its_own_and_computed
             assert LEAST_SHARED_TOKENS <= count < borrower.row.num_known
             held_back[borrower.slot] = held_back[lender.slot][:count]
             borrower.computed = count
+        for slot, other in prefixes.alike().items():
+            assert schedule.live[other.seat.slot] is other.seat
+            assert other.seat.slot != slot
+            assert held_back[slot][: other.num_tokens] == held_back[other.seat.slot][: other.num_tokens]
+            assert 0 < other.num_tokens <= len(schedule.live[slot].row.prompt) <= schedule.live[slot].computed
         parts = schedule.parts(30, prefixes.held)
         assert parts, "someone can always go on"
         for part in parts:
@@ -195,6 +203,47 @@ def test_another_instruction_takes_the_place_of_one_that_nobody_has_any_more() -
     assert texts(found) == texts(answers(engine_of(tiny_model("qwen3-next")), requests))
     whole = sum(len(one.token_ids) + 1 for one in requests)
     assert sum(sizes) < whole / 4, "both instructions are computed a few times, not sixty"
+
+
+def test_those_that_begin_alike_all_name_one_of_them() -> None:
+    system, examples = (1,) * 100, (2,) * 400
+    prompts = [
+        *[(*system, *examples, 3 + place, *(4,) * place) for place in range(3)],
+        *[(*system, *(5,) * 700, place) for place in range(3)],  # share more with each other than with those
+        (*system, 9),
+        (10, 11),
+    ]
+    live = [Seat(Prompt(prompt, 1), slot, 1000 * slot, 1000, len(prompt)) for slot, prompt in enumerate(prompts)]
+    prefixes: Prefixes[Prompt] = Prefixes()
+    for seat in reversed(live):
+        prefixes.add(seat)
+
+    def named() -> dict[int, tuple[int, int]]:
+        return {slot: (other.seat.slot, other.num_tokens) for slot, other in prefixes.alike().items()}
+
+    assert named() == {1: (0, 500), 2: (0, 500), 3: (0, 100), 5: (4, 800), 6: (4, 100)}
+    prefixes.remove(live[0])
+    live[3].computed = 700  # its prompt is not yet computed
+    assert named() == {2: (1, 500), 4: (1, 100), 6: (5, 100)}
+    prefixes.remove(live[4])
+    assert named() == {2: (1, 500), 5: (1, 100), 6: (1, 100)}
+
+
+def test_a_step_reads_what_rows_begin_with_at_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor | None] = []
+
+    def spy(*numbers: Any) -> torch.Tensor:
+        seen.append(numbers[7])
+        return attend_one(*numbers)
+
+    monkeypatch.setattr(slot_cache, "attend_one", spy)
+    engine = engine_of(tiny_model("llama"), engine="slots", slots=4)
+    answers(engine, [request(index, [*SHARED, index], max_new_tokens=6, ignore_eos=True) for index in range(4)])
+    together = [alike.tolist() for alike in seen if alike is not None and len(alike) == 4]
+    assert together
+    for alike in together:
+        assert sorted(count for _, count in alike) == [0, 32, 32, 32]
+        assert len({start for start, count in alike if count}) == 1
 
 
 def test_what_is_borrowed_is_read_of_states_too() -> None:

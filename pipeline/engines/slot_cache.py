@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.kernels.attention import attend_one, attend_prompts
+from pipeline.kernels.attention import ALIKE_TOKENS, attend_one, attend_prompts
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,9 @@ class Span:
     num_tokens: int
     start: int  # of the sequence's room in the pool
     num_before: int  # tokens of the sequence that the pool holds already
+    # Where the keys and values of its first tokens lie too, and of how many, for a sequence that decodes.
+    alike_start: int = 0
+    num_alike: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +45,7 @@ class Step:
     slots: torch.Tensor  # this and the next two [decoding]
     starts: torch.Tensor
     lengths: torch.Tensor  # with the new token
+    alike: torch.Tensor | None  # [decoding, 2], as `attend_one` takes it
     sequences: torch.Tensor  # [decoding and prefill, 4]: slot, first, num_tokens, whether the sequence begins here
     # [tokens]: starts and lengths for each token, as if all were of sequences that decode
     token_starts: torch.Tensor
@@ -71,6 +75,11 @@ class Step:
             slots=whole_numbers([span.slot for span in decoding]),
             starts=whole_numbers([span.start for span in decoding]),
             lengths=whole_numbers([span.num_before + 1 for span in decoding]),
+            alike=whole_numbers(
+                [[span.alike_start, span.num_alike // ALIKE_TOKENS * ALIKE_TOKENS] for span in decoding]
+            )
+            if any(span.num_alike for span in decoding)
+            else None,
             sequences=whole_numbers([[span.slot, span.first, span.num_tokens, not span.num_before] for span in spans]),
             token_starts=token_starts,
             token_lengths=where - token_starts + 1,
@@ -91,6 +100,7 @@ class Step:
             slots=slots,
             starts=starts,
             lengths=lengths,
+            alike=None,
             sequences=torch.stack([slots, rows, torch.ones_like(rows), begins], dim=1),
             token_starts=starts,
             token_lengths=lengths,
@@ -156,14 +166,15 @@ class SlotCache:
         """Attention of the step's tokens [tokens, heads, size] to a layer's pools, which hold them already."""
         step = self.step
         assert step is not None
-        if self._row_by_row:
-            return attend_one(query, keys, values, step.token_starts, step.token_lengths, scale, sliding_window)
+        how = (scale, sliding_window)
         if not step.prefill:
-            return attend_one(query, keys, values, step.starts, step.lengths, scale, sliding_window)
-        output = attend_prompts(query, keys, values, step.spans, scale, sliding_window)
+            return attend_one(query, keys, values, step.starts, step.lengths, *how, step.alike)
+        if self._row_by_row:
+            return attend_one(query, keys, values, step.token_starts, step.token_lengths, *how)
+        output = attend_prompts(query, keys, values, step.spans, *how)
         if num_decoding := step.num_decoding:
             output[:num_decoding] = attend_one(
-                query[:num_decoding], keys, values, step.starts, step.lengths, scale, sliding_window
+                query[:num_decoding], keys, values, step.starts, step.lengths, *how, step.alike
             )
         return output
 

@@ -189,11 +189,15 @@ class SlotEngine:
         decoding: list[Span] = []
         prefill: list[Span] = []
         wanted: list[int] = []
+        # Kernels of GPUs read each row's own places.
+        alike = self._prefixes.alike() if self._model.device.type == "cpu" else {}
         for part in parts:
             seat, num_tokens = part.seat, part.end - part.begin
             # A prompt of one token is prefill too: its slot holds nothing yet, or another's state.
             spans = decoding if num_tokens == 1 and part.begin and not prefill else prefill
-            spans.append(Span(seat.slot, len(token_ids), num_tokens, seat.start, part.begin))
+            other = alike.get(seat.slot)
+            elsewhere = (0, 0) if other is None else (other.seat.start, other.num_tokens)
+            spans.append(Span(seat.slot, len(token_ids), num_tokens, seat.start, part.begin, *elsewhere))
             token_ids += seat.row.tokens(part.begin, part.end)
             if part.gives_token:
                 wanted.append(len(token_ids) - 1)

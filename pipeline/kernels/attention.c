@@ -27,6 +27,16 @@ typedef struct {
     float scale;
 } Shape;
 
+// The places that a token looks at, `first` to `last`. What is before `alike` lies `shift` further on as well, where others
+// read it too: what many rows begin with comes from memory once.
+typedef struct {
+    int64_t first, last, alike, shift;
+} Context;
+
+INLINE int64_t read_at(const Context *context, int64_t place) {
+    return place < context->alike ? place + context->shift : place;
+}
+
 // Sums of the numbers of each of REGISTER registers, in their order.
 INLINE reg sums_of(const reg *x) {
 #ifdef __AVX512F__
@@ -119,8 +129,9 @@ INLINE void ask(const char *from, int64_t places, int64_t stride, int64_t width,
 // each step is taken for all heads before the next, or for as many as have their tile of keys and that of values in the
 // first-level cache. While one of the two is used the other is asked for, in small parts: a processor has only so many
 // lines on their way at once, and what is read from the second-level cache has to wait for its turn among them.
-INLINE void attend_floats(const Shape *shape, int64_t row, int64_t first, int64_t last, int64_t key_head,
+INLINE void attend_floats(const Shape *shape, int64_t row, const Context *context, int64_t key_head,
                           int64_t num_key_heads, const int64_t size, int is_bf16) {
+    const int64_t last = context->last;
     const int64_t group = shape->heads / shape->key_heads, heads = num_key_heads * group;
     const int64_t stride = shape->key_heads * size, number = is_bf16 ? 2 : 4;
     const int64_t width = filled(size), query_at = (row * shape->heads + key_head * group) * size;
@@ -137,8 +148,8 @@ INLINE void attend_floats(const Shape *shape, int64_t row, int64_t first, int64_
         total[head] = (reg){0};
     }
     memset(sum, 0, sizeof sum);
-    for (int64_t begin = first, from = 0; begin < last;) {
-        const int64_t at = begin * stride + (key_head + from) * size, head = from * group;
+    for (int64_t begin = context->first, from = 0; begin < last;) {
+        const int64_t at = read_at(context, begin) * stride + (key_head + from) * size, head = from * group;
         const int64_t count = last - begin < FEW ? last - begin : FEW;
         const char *all_values = (const char *)shape->values + at * number;
         const float *keys = NULL, *values = NULL;
@@ -165,7 +176,8 @@ INLINE void attend_floats(const Shape *shape, int64_t row, int64_t first, int64_
         }
         from += together;
         if (from == num_key_heads) from = 0, begin += FEW;
-        const char *next_keys = (const char *)shape->keys + (begin * stride + (key_head + from) * size) * number;
+        const int64_t next = read_at(context, begin) * stride + (key_head + from) * size;
+        const char *next_keys = (const char *)shape->keys + next * number;
         for (int64_t g = 0; g < steps; g++) {
             if (g % group == 0)
                 values = tile_of(shape->values, at + g / group * size, stride, FEW, 0, count, size, some_values, &apart, is_bf16);
@@ -215,8 +227,9 @@ INLINE void put_pairs(const __m512 *sum, int64_t halves, float total, uint16_t *
 // The same with products of two bfloat16 numbers at once, for heads of whole registers of 32. Weights are rounded to
 // bfloat16, as torch's own attention rounds them. Values of two places are interleaved, by which the numbers of a sum
 // lie in another order until the end; a tile that is not full is filled up with zeros in a copy.
-INLINE void attend_pairs(const Shape *shape, int64_t row, int64_t first, int64_t last, int64_t key_head,
+INLINE void attend_pairs(const Shape *shape, int64_t row, const Context *context, int64_t key_head,
                          int64_t num_key_heads, const int64_t size) {
+    const int64_t last = context->last;
     const int64_t group = shape->heads / shape->key_heads, heads = num_key_heads * group;
     const int64_t halves = size / 32, stride = shape->key_heads * size;
     const int64_t query_at = (row * shape->heads + key_head * group) * size;
@@ -232,11 +245,13 @@ INLINE void attend_pairs(const Shape *shape, int64_t row, int64_t first, int64_t
         most[head] = -INFINITY;
         total[head] = 0.0f;
     }
-    for (int64_t task = 0, begin = first; begin < last; begin += ++task % num_key_heads ? 0 : TILE) {
+    for (int64_t task = 0, begin = context->first; begin < last; begin += ++task % num_key_heads ? 0 : TILE) {
         const int64_t shared = task % num_key_heads, head = shared * group;
-        const uint16_t *key = keys + begin * stride + shared * size, *value = values + begin * stride + shared * size;
+        const int64_t at = read_at(context, begin) * stride + shared * size;
+        const uint16_t *key = keys + at, *value = values + at;
         int64_t count = last - begin < TILE ? last - begin : TILE, apart = stride;
-        const int64_t next = begin + TILE, places = next < last ? (last - next < TILE ? last - next : TILE) : 0;
+        const int64_t after = begin + TILE, places = after < last ? (last - after < TILE ? last - after : TILE) : 0;
+        const int64_t next = read_at(context, after);
         if (count < TILE) {
             memset(some_keys + count * size, 0, (TILE - count) * size * sizeof *keys);
             memset(some_values + count * size, 0, (TILE - count) * size * sizeof *values);
@@ -308,34 +323,37 @@ INLINE void attend_pairs(const Shape *shape, int64_t row, int64_t first, int64_t
 }
 #endif
 
-INLINE void attend_row(const Shape *shape, int64_t row, int64_t first, int64_t last, int64_t key_head,
-                       int64_t num_key_heads, const int64_t size, int is_bf16) {
+INLINE void attend_row(const Shape *shape, int64_t row, const Context *context, int64_t key_head, int64_t num_key_heads,
+                       const int64_t size, int is_bf16) {
 #ifdef __AVX512BF16__
     if (is_bf16 && size % 32 == 0) {
-        attend_pairs(shape, row, first, last, key_head, num_key_heads, size);
+        attend_pairs(shape, row, context, key_head, num_key_heads, size);
         return;
     }
 #endif
-    attend_floats(shape, row, first, last, key_head, num_key_heads, size, is_bf16);
+    attend_floats(shape, row, context, key_head, num_key_heads, size, is_bf16);
 }
 
 // One token of each sequence, whose context is `lengths[row]` places from `starts[row]` on; 1 for heads that there is no
-// room for. Of many rows each is one task, whose places are read as they lie; of few each key head is one.
+// room for. Of many rows each is one task, whose places are read as they lie; of few each key head is one. `alike` is NULL,
+// or tells where the first places of a row lie too, and how many of them: whole tiles.
 int attend_one(const void *query, const void *keys, const void *values, const int64_t *starts, const int64_t *lengths,
-               int64_t rows, int64_t heads, int64_t key_heads, int64_t size, float scale, int64_t window, void *out,
-               int is_bf16, int64_t threads) {
+               const int64_t (*alike)[2], int64_t rows, int64_t heads, int64_t key_heads, int64_t size, float scale,
+               int64_t window, void *out, int is_bf16, int64_t threads) {
     const Shape shape = {query, keys, values, out, heads, key_heads, size, window, scale};
     const int64_t parts = rows < 4 * threads ? key_heads : 1, part = key_heads / parts;
     if (size > MOST_SIZE || heads / key_heads > MOST_GROUP) return 1;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t task = 0; task < rows * parts; task++) {
         const int64_t row = task / parts, head = task % parts * part, last = starts[row] + lengths[row];
-        const int64_t first = window > 0 && lengths[row] > window ? last - window : starts[row];
+        Context context = {starts[row], last, starts[row], 0};
+        if (window > 0 && lengths[row] > window) context.first = last - window; // in the middle of a tile
+        else if (alike) context.alike += alike[row][1], context.shift = alike[row][0] - starts[row];
         switch (size) { // numbers known when compiled, so that sums stay in registers
-            case 64: attend_row(&shape, row, first, last, head, part, 64, is_bf16); break;
-            case 128: attend_row(&shape, row, first, last, head, part, 128, is_bf16); break;
-            case 256: attend_row(&shape, row, first, last, head, part, 256, is_bf16); break;
-            default: attend_row(&shape, row, first, last, head, part, size, is_bf16);
+            case 64: attend_row(&shape, row, &context, head, part, 64, is_bf16); break;
+            case 128: attend_row(&shape, row, &context, head, part, 128, is_bf16); break;
+            case 256: attend_row(&shape, row, &context, head, part, 256, is_bf16); break;
+            default: attend_row(&shape, row, &context, head, part, size, is_bf16);
         }
     }
     return 0;
