@@ -92,10 +92,6 @@ def test_an_unquantized_model_is_loaded_as_planned_and_in_silence(
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
     assert not loaded.model.training
     assert loaded.device == "cpu"
-    weights = sum(
-        need.num_bytes for need in plan.budgets[0].needs if need.part in {"attention", "mlp", "embeddings", "norms"}
-    )
-    assert weights <= loaded.weight_bytes < weights + 10_000  # and the rotary frequencies
     assert loaded.peak_host_bytes > loaded.weight_bytes
     assert loaded.load_s > 0
     assert capfd.readouterr() == ("", "")
@@ -111,11 +107,43 @@ def test_without_bfloat16_instructions_linear_layers_keep_bfloat16_weights_and_t
     assert plan.plain_kernel
     plain, ours = load_model(replace(plan, plain_kernel=False)), load_model(plan)
     assert torch.allclose(logits(ours), logits(plain), atol=1e-6)
+    parts = {"attention", "mlp", "embeddings", "norms", "head in blocks"}
+    planned = sum(need.num_bytes for need in plan.budgets[0].needs if need.part in parts)
+    assert planned <= ours.weight_bytes < planned + 10_000  # and the rotary frequencies
+    assert next(ours.model.parameters()).dtype == ours.model.config.dtype == torch.float32
     layers = [module for module in plain.model.modules() if type(module) is torch.nn.Linear]
     linear = sum(layer.weight.nbytes for layer in layers)
     assert is_served()
     embedding = plain.model.get_input_embeddings().weight.nbytes  # it shares its matrix with the head, and keeps it
     assert ours.weight_bytes == plain.weight_bytes - linear / 2 + embedding
+
+
+def test_what_stays_bfloat16_is_never_held_in_float32(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That would be the peak of the load. With one tensor of another type nothing is narrowed, and so the plan says."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    types: list[torch.dtype] = []
+    own = AutoModelForCausalLM.from_pretrained
+
+    def spy(*directory: Any, **named: Any) -> Any:
+        types.append(named["dtype"])
+        return own(*directory, **named)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spy)
+    mixed = shutil.copytree(llama, tmp_path / "mixed")
+    state = load_file(llama / "model.safetensors")
+    exact = state["model.norm.weight"] = state["model.norm.weight"].float() + 2e-4  # no bfloat16
+    save_file(state, mixed / "model.safetensors", metadata={"format": "pt"})
+    plans = [plan_of(llama), plan_of(mixed)]
+    narrow, wide = (next(need.num_bytes for need in plan.budgets[0].needs if need.part == "mlp") for plan in plans)
+    assert wide == 2 * narrow
+    loaded = [load_model(plan) for plan in plans]
+    assert types == [torch.bfloat16, torch.float32]
+    assert torch.equal(loaded[1].model.get_parameter("model.norm.weight"), exact)
 
 
 @pytest.mark.parametrize("weights", ["stock", "unpacked"])

@@ -72,6 +72,14 @@ class Checkpoint:
         for shard in self.shards:
             yield from shard.tensors.items()
 
+    @property
+    def is_bfloat16(self) -> bool:
+        """Whether all weights are stored in bfloat16; without weights, whether the configuration says so."""
+        if not self.shards:
+            stored = self.config.get("dtype", self.config.get("torch_dtype"))
+            return stored == "bfloat16" and "quantization_config" not in self.config
+        return all(tensor.dtype == "BF16" for _, tensor in self.tensors())
+
 
 class DamagedError(Exception):
     """A file that is not what it says; `hostile` where that could hurt the reader, not only the answer.

@@ -24,23 +24,23 @@ from pipeline.facts.quantization import (
     read_quantization,
 )
 
-EXPERTS = "experts"
+EXPERTS, EMBEDDINGS, NORMS = "experts", "embeddings", "norms"
 _MOST_FAULTS = 20  # that are told one by one
 SET_ASIDE = "set aside"  # tensors of a vision tower or of speculative layers, which we never load
 PARTS = (
     *(EXPERTS, "shared experts", "routers", "attention", "linear attention"),
-    *("mlp", "embeddings", "head", "norms", SET_ASIDE),
+    *("mlp", EMBEDDINGS, "head", NORMS, SET_ASIDE),
 )
 _PART_OF_NAME = (
     (SET_ASIDE, ("mtp.", ".visual.", "vision_tower.", "multi_modal_projector.")),
     (EXPERTS, (".experts.",)),
     ("shared experts", (".shared_expert.", ".shared_experts.")),
     ("routers", (".shared_expert_gate.", ".mlp.gate.", ".router.", ".block_sparse_moe.gate.")),
-    ("norms", ("norm.", "layernorm.")),
+    (NORMS, ("norm.", "layernorm.")),
     ("linear attention", (".linear_attn.",)),
     ("attention", (".self_attn.", ".attention.", ".attn.")),
     ("mlp", (".mlp.", ".feed_forward.")),
-    ("embeddings", ("embed_tokens.", ".wte.")),
+    (EMBEDDINGS, ("embed_tokens.", ".wte.")),
     ("head", ("lm_head.",)),
 )
 
@@ -72,6 +72,7 @@ class ModelFacts:
     quantization: Quantization | None
     parts: tuple[Part, ...]  # in the order of PARTS, those that are there
     estimated: bool  # the parts follow from the configuration, not from headers
+    is_bfloat16: bool  # all that is stored
     packed_fault: str | None  # why our own loader cannot keep packed weights packed; None where it can
 
     @property
@@ -145,6 +146,7 @@ def facts_of(checkpoint: Checkpoint) -> ModelFacts:
         quantization=quantization,
         parts=_sum(pieces),
         estimated=not tensors,
+        is_bfloat16=checkpoint.is_bfloat16,
         packed_fault=unpackable(checkpoint.config, tensors, architecture, quantization),
     )
 
@@ -187,7 +189,7 @@ def _sum(pieces: Iterable[_Piece]) -> tuple[Part, ...]:
 
 def part_of(name: str) -> str:
     """The part that a tensor of this name belongs to."""
-    return next((part for part, marks in _PART_OF_NAME if any(mark in name for mark in marks)), "norms")
+    return next((part for part, marks in _PART_OF_NAME if any(mark in name for mark in marks)), NORMS)
 
 
 def _stored(tensors: Mapping[str, Tensor], quantization: Quantization | None) -> Iterator[_Piece]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from pipeline.facts.model_facts import EXPERTS, ModelFacts, Part
+from pipeline.facts.model_facts import EMBEDDINGS, EXPERTS, NORMS, ModelFacts, Part
 from pipeline.plan.streaming import WIDE_STEP_TOKENS
 
 Device: TypeAlias = str  # "host", or a GPU by torch's name: "cuda:0"
@@ -26,6 +26,7 @@ _CUDA_BYTES = 600 * _MIB  # of each GPU that is used
 # Measured peaks of a prefill (a Llama and a Qwen3-Next, 2 to 16 rows of 256 to 1024 tokens) are 1.8 to 2.1 times what
 # is alive in the widest layer at once: what a layer frees is not given back in time for the next.
 _WORK_FACTOR = 2
+_BFLOAT16_BYTES = 2
 _LOGIT_BYTES = 2 * 4  # float32 scores, and the copy that sampling works on
 _STOCK_SURPLUS = 0.75  # of the weights: what transformers and auto-round took beside packed experts while loading
 _STAGING_BYTES = 256 * _MIB  # that reads of our loader pass through
@@ -49,7 +50,8 @@ class Placement:
     main_gpu: int = 0  # with no-gpu none is used
     expert_layers_on_gpus: tuple[int, ...] = ()  # for each GPU; but for packed ones, experts are where all the rest is
     num_streamed_layers: int = 0  # of which the experts are read from disk for every pass
-    plain_kernel: bool = False  # unquantized layers lie in blocks, for our kernel
+    plain_kernel: bool = False  # unquantized layers lie in blocks, for our kernel ...
+    narrow_blocks: bool = False  # ... in bfloat16, as they are stored, though what they are multiplied with is float32
 
     @property
     def on_gpu(self) -> bool:
@@ -79,7 +81,13 @@ class Placement:
     def bytes_of(self, part: Part) -> int:
         """What a part takes. On a GPU our loader keeps only experts packed: all else is small there and often used."""
         plain = self.form == "unpacked" or (self.form == "packed" and self.on_gpu and part.name != EXPERTS)
-        return part.num_bytes(self.value_bytes, unpacked=plain)
+        in_blocks = part.name not in (EXPERTS, EMBEDDINGS, NORMS)
+        return part.num_bytes(self.linear_value_bytes if in_blocks else self.value_bytes, unpacked=plain)
+
+    @property
+    def linear_value_bytes(self) -> int:
+        """What an unquantized weight of a linear layer takes."""
+        return _BFLOAT16_BYTES if self.narrow_blocks else self.value_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +128,7 @@ def weight_needs(facts: ModelFacts, placement: Placement) -> list[Need]:
             needs.append(Need(placement.device, part.name, placement.bytes_of(part)))
     if placement.plain_kernel and facts.architecture.tied_embeddings:  # rows are looked up where they lie as stored
         shape = facts.architecture
-        needs.append(Need(HOST, _HEAD_IN_BLOCKS, shape.vocab_size * shape.hidden_size * placement.value_bytes))
+        needs.append(Need(HOST, _HEAD_IN_BLOCKS, shape.vocab_size * shape.hidden_size * placement.linear_value_bytes))
     needs.append(Need(HOST, _LOADING, _loading_bytes(facts, placement)))
     needs.append(Need(HOST, _LIBRARIES, _RUNTIME_BYTES + (_CUDA_HOST_BYTES if placement.on_gpu else 0)))
     needs += [Need(gpu_device(gpu), _LIBRARIES, _CUDA_BYTES) for gpu in placement.gpus]

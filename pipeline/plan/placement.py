@@ -127,10 +127,11 @@ class Placer:
         Packed experts are spread over the places there are. Other packed weights are unpacked on a CPU where memory
         allows; what transformers loads lies in one place.
         """
-        value_bytes = _VALUE_BYTES[self.dtype(strategy)[0]]
-        nothing_yet = (0,) * len(self.machine.gpus)
-        how = (self._form(strategy), self.main_gpu, nothing_yet)
-        fit = self._fit(Placement(strategy, value_bytes, *how, plain_kernel=self.plain_kernel(strategy)[0]))
+        dtype, form, plain_kernel = self.dtype(strategy)[0], self._form(strategy), self.plain_kernel(strategy)[0]
+        narrow = plain_kernel and dtype == "float32" and form == "stock" and self.facts.is_bfloat16
+        how = (form, self.main_gpu, (0,) * len(self.machine.gpus))
+        placement = Placement(strategy, _VALUE_BYTES[dtype], *how, plain_kernel=plain_kernel, narrow_blocks=narrow)
+        fit = self._fit(placement)
         if fit.placement.form == "packed" and self.facts.architecture.num_experts:
             return self._spread(fit)
         # Our own reader of packed weights knows no code but transformers' own.
