@@ -52,10 +52,11 @@ def main() -> None:
     with torch.inference_mode():
         packed.fuse(range(100, 160))
         packed.resize(max(rows * places, length))
-        # Contexts as a run would leave them, computed in steps of a moderate size.
-        for row in range(rows):
-            span = Span(row, 0, places - 1, row * places, 0)
-            packed.forward(range(100, 99 + places), [], [span], [places - 2])
+        # One context as a run would leave it, for all rows.
+        first = Span(0, 0, places - 1, 0, 0)
+        packed.forward([100 + place % 900 for place in range(places - 1)], [], [first], [places - 2])
+        for row in range(1, rows):
+            packed.copy(first, Span(row, 0, places - 1, row * places, 0), places - 1)
         for count in given.rows:
             decoding = [Span(row, row, 1, row * places, places - 1, 0, given.alike) for row in range(count)]
             step = partial(packed.forward, [7] * count, decoding, [], range(count))

@@ -51,12 +51,15 @@ def again(job: Path, exit_code: int, *prepare: Preparation) -> str | None:
 
 
 def seconds_of(job: Path, exit_code: int) -> float:
-    """How long the whole command takes, by the clock or, where others keep the processors busy, in processor time."""
-    before, began = os.times(), time.monotonic()
-    assert overnight("run", job).returncode == exit_code
-    after, wall = os.times(), time.monotonic() - began
-    used = after.children_user + after.children_system - before.children_user - before.children_system
-    return min(wall, used)
+    """How long the whole command takes, by the clock or in processor time, at best: others keep the processors busy."""
+    took: list[float] = []
+    for _ in range(3):
+        before, began = os.times(), time.monotonic()
+        assert overnight("run", job).returncode == exit_code
+        after, wall = os.times(), time.monotonic() - began
+        used = after.children_user + after.children_system - before.children_user - before.children_system
+        took += [wall, used]
+    return min(took)
 
 
 @pytest.mark.parametrize("exit_code", [0, 3])
