@@ -46,7 +46,7 @@ def instructions(draw: random.Random) -> Iterator[dict[str, Any]]:
     for _ in range(96):
         length = min(256, int(draw.paretovariate(1.2) * 12))
         prompt = text(draw, int(draw.triangular(200, 1200, 300)))
-        yield {"system": system, "prompt": prompt, "generation": {"max_new_tokens": length}}
+        yield {"prompt": prompt, "generation": {"max_new_tokens": length, "system": system}}
 
 
 WORKLOADS = {"chat": chat, "short": short, "instructions": instructions}
