@@ -88,7 +88,7 @@ def validate(job: JobFile, overrides: Overrides = None, as_json: AsJson = False)
     from pipeline.tools.validate import validate_job
 
     tell, found = _teller(as_json=as_json)
-    validation = validate_job(load_spec(job, overrides=overrides or ()), tell)
+    validation = validate_job(load_spec(job, overrides=overrides or ()), tell, talk.say)
     if as_json:
         _print_json({**validation.to_json(), "problems": found})
     else:

@@ -134,7 +134,7 @@ def _run(
     """As far as the output published on this machine."""
     with stop.interrupting("looking for the input"):
         files = tuple(expand_inputs(spec.input.path))
-    parser = LineParser(spec)
+    parser = LineParser(spec, say)
     output = run_output(spec.output.file, shard)
     form = choose_form(spec, output)
     identity = job_identity(spec, files, limit, shard)

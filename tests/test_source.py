@@ -291,7 +291,25 @@ GOOD_EXAMPLES = sorted(set(EXAMPLES.glob("*.jsonl*")) - {EXAMPLES / "dirty.jsonl
 @pytest.mark.parametrize("path", GOOD_EXAMPLES, ids=lambda path: path.name)
 def test_the_other_examples_are_clean(path: Path) -> None:
     template = "{title}: {text}" if "fields" in path.name else None
-    assert not list(validate_lines(spec(path, template=template), expand_inputs([str(path)])))
+    told: list[str] = []
+    assert not list(validate_lines(spec(path, template=template), expand_inputs([str(path)]), told.append))
+    assert not told
+
+
+def test_settings_beside_the_prompt_are_told_once_unless_the_job_says_what_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    lines = [{"prompt": "a", "seed": 7, "source": "x"}, {"prompt": "b", "seed": 8, "system": "Be brief."}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def told(**changes: Any) -> list[str]:
+        found: list[str] = []
+        assert not list(validate_lines(spec(path, **changes), expand_inputs([str(path)]), found.append))
+        return found
+
+    end = 'beside the prompt changes no answer; settings of a line stand under "generation"'
+    assert told() == [f'{path}, line 1: "seed" {end}', f'{path}, line 2: "system" {end}']
+    assert [note.count("system") for note in told(id_field="seed")] == [1]
+    assert told(template="{prompt}") == []
 
 
 def test_the_compressed_example_is_the_plain_one() -> None:

@@ -7,7 +7,7 @@ prompt is the line's own, as `generation.system` or as a message but not both, e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from pipeline.errors import Problem, SpecError
@@ -18,18 +18,21 @@ from pipeline.source.inputs import InputFile
 from pipeline.source.json_object import BadJsonError, read_object
 from pipeline.source.lines import RawLine, read_lines
 from pipeline.source.messages import read_messages
-from pipeline.spec.keys import JobSpec
+from pipeline.spec.keys import JobSpec, LineGeneration
 from pipeline.spec.settings import apply_overrides, default_settings
 from pipeline.spec.template import MissingFieldError, TemplateFailedError, read_template
 
 GENERATION_FIELD = "generation"
+_SETTINGS = frozenset(LineGeneration.model_fields)
 
 
 class LineParser:
-    """Turns lines into prompts as one job asks for them."""
+    """Turns lines into prompts as one job asks for them, and tells `say` once of what looks like a mistake in them."""
 
-    def __init__(self, spec: JobSpec) -> None:
+    def __init__(self, spec: JobSpec, say: Callable[[str], object] = str) -> None:
         """Raises SpecError where the template is wrong, NotFoundError where its file cannot be read."""
+        self._say = say
+        self._told = {spec.input.prompt_field, spec.input.messages_field, spec.input.id_field}
         self._input = spec.input
         self._settings = default_settings(spec)
         self._num_samples = spec.generation.num_samples
@@ -85,6 +88,8 @@ class LineParser:
             raise wrong_type(self._input.id_field, "a string, a number, true, false or null", cast("object", id_))
         item = Item(raw.index, raw.file, raw.line, raw.offset, id_, fields)
         content = self._read_content(fields)
+        if self._template is None and not _SETTINGS.isdisjoint(fields):
+            self._tell_misplaced(raw, fields)
         settings, system = self._read_settings(fields.get(GENERATION_FIELD))
         if isinstance(content, tuple) and any(message.role == "system" for message in content):
             if system != self._input.system:
@@ -92,6 +97,15 @@ class LineParser:
                 raise BadLineError("ambiguous_line", reason, field=f"{GENERATION_FIELD}.system")
             system = None
         return Prompt(item, content, system, settings)
+
+    def _tell_misplaced(self, raw: RawLine, fields: Mapping[str, Any]) -> None:
+        """Of settings that stand beside the prompt: other data may have such names, and so they are no error."""
+        for name in sorted(_SETTINGS.intersection(fields) - self._told):
+            self._told.add(name)
+            self._say(
+                f"{raw.file}, line {raw.line}: {show(name)} beside the prompt changes no answer; settings of a line "
+                f"stand under {show(GENERATION_FIELD)}"
+            )
 
     def _read_request(self, raw: RawLine, fields: dict[str, Any]) -> Prompt:
         request = openai_batch.read_request(fields, num_samples=self._num_samples)
@@ -151,9 +165,12 @@ class LineParser:
         raise BadLineError("ambiguous_line", reason)
 
 
-def validate_lines(spec: JobSpec, files: Sequence[InputFile]) -> Iterator[Problem]:
-    """What is wrong with each bad line of the input, in order, as far as it shows without model and tokenizer."""
-    parser = LineParser(spec)
+def validate_lines(spec: JobSpec, files: Sequence[InputFile], say: Callable[[str], object] = str) -> Iterator[Problem]:
+    """What is wrong with each bad line of the input, in order, as far as it shows without model and tokenizer.
+
+    `say` is told of what looks like a mistake in good ones.
+    """
+    parser = LineParser(spec, say)
     for raw in read_lines(files, max_line_bytes=spec.input.max_line):
         if problem := parser.check(raw):
             yield problem

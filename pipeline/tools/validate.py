@@ -30,15 +30,17 @@ class Validation:
         return {"object": "validation", **asdict(self)}
 
 
-def validate_job(spec: JobSpec, tell: Callable[[Problem], None]) -> Validation:
+def validate_job(spec: JobSpec, tell: Callable[[Problem], None], say: Callable[[str], object] = str) -> Validation:
     """Read every line of the input, `tell` each problem as it is found, and say how many lines there were.
+
+    `say` is told, once, of what looks like a mistake in lines that are good.
 
     Raises NotFoundError for input that is not there, SpecError for a wrong template, DataError for a damaged file.
     """
     files = expand_inputs(spec.input.path)
     digest = digest_inputs(files, max_bytes=spec.input.max_bytes)
     num_bad = 0
-    for problem in validate_lines(spec, files):
+    for problem in validate_lines(spec, files, say):
         num_bad += 1
         tell(problem)
     return Validation(digest.num_items, num_bad, len(files))
