@@ -95,3 +95,11 @@ def test_an_input_without_a_good_line_has_no_time(tmp_path):
     assert report.forecast is None and "no line that can be answered" in str(report)
     empty = plan_job(load_job(write_job(tmp_path, [])))
     assert empty.to_json()["input"]["stats"] is None
+
+
+def test_validate_plan_and_run_tell_of_a_setting_beside_the_prompt(tmp_path):
+    job = write_job(tmp_path, [{"prompt": "fine", "system": "Be brief."}] * 3)
+    for command in ("validate", "plan", "run"):
+        found = overnight(command, job)
+        assert found.returncode == 0
+        assert found.stderr.count('line 1: "system" beside the prompt') == found.stderr.count("beside") == 1, command

@@ -149,15 +149,22 @@ class _Spread:
 
 
 def take_census(
-    spec: JobSpec, files: Sequence[InputFile], items: range, encode: Encode, *, most: int, context_length: int
+    spec: JobSpec,
+    files: Sequence[InputFile],
+    items: range,
+    encode: Encode,
+    *,
+    most: int,
+    context_length: int,
+    say: Callable[[str], object],
 ) -> Census:
     """Parse the lines of these items, and encode `most` of them, evenly spread; all where there are no more.
 
     What is wrong with a line is found in every line, and so is a length beyond the context (`context_length`, tokens);
-    refusals that only encoding finds (control tokens, say) are those of the lines encoded. Raises as reading the input
-    does.
+    refusals that only encoding finds (control tokens, say) are those of the lines encoded. `say` is told of what looks
+    like a mistake in good lines. Raises as reading the input does.
     """
-    parser = LineParser(spec)
+    parser = LineParser(spec, say)
     spread = _Spread(items, most)
     census = Census(len(items), len(items), spread.size)
     chosen = spread.next(0)

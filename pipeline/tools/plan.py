@@ -124,7 +124,7 @@ def plan_job(
     context_length = _ECHO_CONTEXT if facts is None else facts.architecture.context_length
     num_lines = num_lines if limit is None else min(limit, num_lines)
     items = range(num_lines) if shard is None else shard.items(num_lines)
-    census = take_census(spec, files, items, encoder.encode, most=sample, context_length=context_length)
+    census = take_census(spec, files, items, encoder.encode, most=sample, context_length=context_length, say=talk.say)
     if (stats := census.prompt_stats) is not None:
         plan, _ = prepare(spec, facts, machine=machine, stats=stats)
     book = SpeedBook(plan.speed_key, library_versions(plan.engine))
