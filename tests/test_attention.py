@@ -133,6 +133,7 @@ parts_of_prompts = st.lists(st.tuples(st.integers(0, 70), st.integers(1, 110)), 
 
 @needs_compiler
 @example([(0, 96)], (4, 4), 8, 5)  # a block of tokens that spans several tiles, of which each row sees one
+@example([(46, 3)], (9, 3), 8, 0)  # the first token sees all of a tile but its last place
 @given(parts_of_prompts, st.sampled_from([(9, 3), (4, 4), (8, 1)]), st.sampled_from([8, 20, 64]), st.integers(0, 60))
 def test_native_attention_of_prompts_is_that_of_float32_mathematics(
     parts: list[tuple[int, int]], heads: tuple[int, int], size: int, window: int
@@ -147,11 +148,12 @@ def test_native_attention_of_prompts_is_that_of_float32_mathematics(
 
 
 @needs_compiler
-@pytest.mark.parametrize("window", [None, 7])
-def test_native_attention_of_prompts_rounds_as_torch_does_in_bfloat16(window: int | None) -> None:
-    spans, _, lengths = spans_of([(0, 33), (40, 21), (3, 1)])
-    numbers = pool(lengths.tolist(), 6, 2, 32, torch.bfloat16)
-    query = torch.randn(55, 6, 32).bfloat16()
+@pytest.mark.parametrize("window", [None, 7, 60])
+@pytest.mark.parametrize("size", [24, 32, 64, 128, 256])
+def test_native_attention_of_prompts_rounds_as_torch_does_in_bfloat16(size: int, window: int | None) -> None:
+    spans, _, lengths = spans_of([(0, 33), (40, 21), (3, 1), (101, 120)])
+    numbers = pool(lengths.tolist(), 6, 2, size, torch.bfloat16)
+    query = torch.randn(175, 6, size).bfloat16()
     found, expected = (
         attend(query, *numbers[1:3], spans, 0.2, window) for attend in (attend_prompts, attend_prompts_in_torch)
     )
@@ -161,14 +163,18 @@ def test_native_attention_of_prompts_rounds_as_torch_does_in_bfloat16(window: in
 
 
 @needs_compiler
-def test_a_prompts_attention_is_bit_by_bit_the_same_however_it_is_cut_and_in_any_company() -> None:
-    spans, _, lengths = spans_of([(0, 90), (0, 40)])
-    _, keys, values, _, _ = pool(lengths.tolist(), 6, 2, 32, torch.float32)
-    query = torch.randn(130, 6, 32)
-    whole = attend_prompts(query, keys, values, spans, 0.2, None)
-    for begin, end in ((0, 90), (0, 37), (37, 41), (41, 90)):
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prompts_attention_is_bit_by_bit_the_same_however_it_is_cut_and_in_any_company(
+    dtype: torch.dtype, window: int | None
+) -> None:
+    spans, _, lengths = spans_of([(0, 190), (0, 40)])
+    _, keys, values, _, _ = pool(lengths.tolist(), 6, 2, 32, dtype)
+    query = torch.randn(230, 6, 32).to(dtype)
+    whole = attend_prompts(query, keys, values, spans, 0.2, window)
+    for begin, end in ((0, 190), (0, 37), (37, 41), (41, 90), (90, 143), (143, 190)):
         span = torch.tensor([[0, end - begin, int(spans[0, 2]), begin]])
-        assert torch.equal(attend_prompts(query[begin:end], keys, values, span, 0.2, None), whole[begin:end])
+        assert torch.equal(attend_prompts(query[begin:end], keys, values, span, 0.2, window), whole[begin:end])
 
 
 @needs_compiler
@@ -178,6 +184,7 @@ def test_infinite_numbers_in_a_prompt_are_as_in_torch() -> None:
     query = torch.randn(80, 2, 16)
     keys[int(starts[0]) + 3] *= 1000
     keys[int(starts[1]) + 35] = math.nan
+    values[int(starts[1]) + 35] = 1e38  # and nobody sees even a trace of it
     found = attend_prompts(query, keys, values, spans, 1.0, None)
     expected = attend_prompts_in_torch(query, keys, values, spans, 1.0, None)
     torch.testing.assert_close(found[:75], expected[:75])  # until a number is none, its neighbours' tokens are whole

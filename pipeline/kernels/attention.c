@@ -13,8 +13,8 @@
 
 #include "lanes.h"
 
-#define TILE 32      // places
-#define FEW 16       // places of a tile of single tokens in float32
+#define TILE 32      // places of a tile of single tokens in pairs of bfloat16, ALIKE_TOKENS of attention.py
+#define FEW 16       // and in float32
 #define FEW_BYTES 12288 // of its keys, and of its values: both stay in a first-level cache of 32 KiB
 #define MOST_SIZE 512 // of a head
 #define MOST_GROUP 64 // heads that share a key head
@@ -65,25 +65,25 @@ INLINE reg sums_of(const reg *x) {
 #endif
 }
 
-// A row's scores of some places, -INFINITY where it does not look, become weights, which are added to its totals, one for
+// A row's scores of FEW places, -INFINITY where it does not look, become weights, which are added to its totals, one for
 // each number of a register. Gives what its sums so far are to be multiplied with. What is no number comes back in the
 // weights.
-INLINE float weigh(float *scores, const int places, float *most, reg *total) {
-    reg parts[TILE / REGISTER], high = (reg){0} - INFINITY, added = {0};
-    memcpy(parts, scores, places * sizeof *scores);
-    for (int i = 0; i < places / REGISTER; i++) high = larger(parts[i], high);
+INLINE float weigh(float *scores, float *most, reg *total) {
+    reg parts[FEW / REGISTER], high = (reg){0} - INFINITY, added = {0};
+    memcpy(parts, scores, sizeof parts);
+    for (int i = 0; i < FEW / REGISTER; i++) high = larger(parts[i], high);
     const float before = *most, highest = largest(high);
     float keep = 1.0f;
     if (highest > before) {
         keep = before == -INFINITY ? 0.0f : exp_negative(before - highest);
         *most = highest;
     }
-    for (int i = 0; i < places / REGISTER; i++) {
+    for (int i = 0; i < FEW / REGISTER; i++) {
         int_reg seen = parts[i] != (reg){0} - INFINITY; // e^-87 is not nothing
         parts[i] = choose(seen, exp_register(parts[i] - *most), (reg){0});
         added += parts[i];
     }
-    memcpy(scores, parts, places * sizeof *scores);
+    memcpy(scores, parts, sizeof parts);
     *total = *total * keep + added;
     return keep;
 }
@@ -172,7 +172,7 @@ INLINE void attend_floats(const Shape *shape, int64_t row, const Context *contex
         }
         for (int64_t g = 0; g < steps; g++) {
             for (int64_t t = count; t < FEW; t++) scores[g][t] = -INFINITY;
-            keep[g] = weigh(scores[g], FEW, most + head + g, total + head + g);
+            keep[g] = weigh(scores[g], most + head + g, total + head + g);
         }
         from += together;
         if (from == num_key_heads) from = 0, begin += FEW;
@@ -214,12 +214,13 @@ INLINE void fetch(const void *keys, const void *values, int64_t places, int64_t 
 }
 
 // One head's sums over its total, whose numbers lie as unpacked pairs do, 2 * halves registers.
-INLINE void put_pairs(const __m512 *sum, int64_t halves, float total, uint16_t *out) {
+INLINE void put_pairs(const float *sum, int64_t halves, float total, uint16_t *out) {
     const __m512i order = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     for (int64_t i = 0; i < halves; i++)
         for (int half = 0; half < 2; half++) {
             __m512i which = _mm512_add_epi32(order, _mm512_set1_epi32(8 * half));
-            __m512 own = _mm512_permutex2var_ps(sum[2 * i], which, sum[2 * i + 1]) / total;
+            __m512 low = _mm512_loadu_ps(sum + 32 * i), high = _mm512_loadu_ps(sum + 32 * i + 16);
+            __m512 own = _mm512_permutex2var_ps(low, which, high) / total;
             store_bf16(out + i * 32 + half * 16, (vec)own, LANES);
         }
 }
@@ -319,7 +320,7 @@ INLINE void attend_pairs(const Shape *shape, int64_t row, const Context *context
         }
     }
     for (int64_t head = 0; head < heads; head++)
-        put_pairs(sum + head * 2 * halves, halves, total[head], (uint16_t *)shape->out + query_at + head * size);
+        put_pairs((const float *)(sum + head * 2 * halves), halves, total[head], (uint16_t *)shape->out + query_at + head * size);
 }
 #endif
 
@@ -359,303 +360,4 @@ int attend_one(const void *query, const void *keys, const void *values, const in
     return 0;
 }
 
-// ---- prompts: tokens of one sequence that follow each other, each attends to itself and all before it ----
-//
-// A task is one key head of a block of tokens. The tiles of the context begin at the same places of a sequence however
-// its prompt is cut into parts, so that a token's sums do not depend on the cut. Keys of a tile are turned on their
-// side, for two registers of places to be multiplied at once.
-
-#define BLOCK_ROWS 96 // tokens x heads that share a key head
-
-typedef struct {
-    int64_t first, num_tokens, start, num_before; // as Span in slot_cache.py
-} Span;
-
-// REGISTER rows of as many words, `apart` words from each other, on their side: to[word * to_apart + row].
-INLINE void turn(const void *from, int64_t apart, void *to, int64_t to_apart) {
-#ifdef __AVX512F__
-    __m512i rows[16], twos[16], fours[16];
-    for (int i = 0; i < 16; i++) rows[i] = _mm512_loadu_si512((const int32_t *)from + i * apart);
-    for (int i = 0; i < 16; i += 2) {
-        twos[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-        twos[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; j++) {
-            fours[i + 2 * j] = _mm512_unpacklo_epi64(twos[i + j], twos[i + j + 2]);
-            fours[i + 2 * j + 1] = _mm512_unpackhi_epi64(twos[i + j], twos[i + j + 2]);
-        }
-    for (int word = 0; word < 4; word++) { // each holds this word of each fourth, of four rows
-        __m512i low = _mm512_shuffle_i32x4(fours[word], fours[word + 4], 0x88);
-        __m512i high = _mm512_shuffle_i32x4(fours[word], fours[word + 4], 0xdd);
-        __m512i last_low = _mm512_shuffle_i32x4(fours[word + 8], fours[word + 12], 0x88);
-        __m512i last_high = _mm512_shuffle_i32x4(fours[word + 8], fours[word + 12], 0xdd);
-        int32_t *place = (int32_t *)to + word * to_apart;
-        _mm512_storeu_si512(place, _mm512_shuffle_i32x4(low, last_low, 0x88));
-        _mm512_storeu_si512(place + 4 * to_apart, _mm512_shuffle_i32x4(high, last_high, 0x88));
-        _mm512_storeu_si512(place + 8 * to_apart, _mm512_shuffle_i32x4(low, last_low, 0xdd));
-        _mm512_storeu_si512(place + 12 * to_apart, _mm512_shuffle_i32x4(high, last_high, 0xdd));
-    }
-#elif defined(__AVX2__)
-    __m256 rows[8], twos[8], fours[8];
-    for (int i = 0; i < 8; i++) rows[i] = _mm256_loadu_ps((const float *)from + i * apart);
-    for (int i = 0; i < 8; i += 2) {
-        twos[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
-        twos[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4)
-        for (int j = 0; j < 2; j++) {
-            fours[i + 2 * j] = _mm256_shuffle_ps(twos[i + j], twos[i + j + 2], 0x44);
-            fours[i + 2 * j + 1] = _mm256_shuffle_ps(twos[i + j], twos[i + j + 2], 0xee);
-        }
-    for (int word = 0; word < 4; word++) { // each holds this word of each half, of four rows
-        float *place = (float *)to + word * to_apart;
-        _mm256_storeu_ps(place, _mm256_permute2f128_ps(fours[word], fours[word + 4], 0x20));
-        _mm256_storeu_ps(place + 4 * to_apart, _mm256_permute2f128_ps(fours[word], fours[word + 4], 0x31));
-    }
-#else
-    for (int row = 0; row < REGISTER; row++)
-        for (int word = 0; word < REGISTER; word++)
-            memcpy((int32_t *)to + word * to_apart + row, (const int32_t *)from + row * apart + word, sizeof(int32_t));
-#endif
-}
-
-// ROWS rows of two registers: sums[row][..] = or += the sum over k of a[row][k] * b[k][..], in the order of k.
-INLINE void multiply(const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t depth, float *sums,
-                     int64_t sums_stride, const int adds) {
-    reg own[ROWS][2] = {};
-    if (adds)
-#pragma GCC unroll 12
-        for (int row = 0; row < ROWS; row++)
-            for (int i = 0; i < 2; i++) own[row][i] = *(const reg *)(sums + row * sums_stride + i * REGISTER);
-    for (int64_t k = 0; k < depth; k++) {
-        reg low = *(const reg *)(b + k * b_stride), high = *(const reg *)(b + k * b_stride + REGISTER);
-#pragma GCC unroll 12
-        for (int row = 0; row < ROWS; row++) {
-            float factor = a[row * a_stride + k];
-            own[row][0] += factor * low;
-            own[row][1] += factor * high;
-        }
-    }
-#pragma GCC unroll 12
-    for (int row = 0; row < ROWS; row++)
-        for (int i = 0; i < 2; i++) *(reg *)(sums + row * sums_stride + i * REGISTER) = own[row][i];
-}
-
-INLINE void prefill_floats(const Shape *shape, const Span *span, int64_t token, int64_t num_tokens, int64_t head,
-                           const int64_t size, int is_bf16) {
-    const int64_t group = shape->heads / shape->key_heads, width = filled(size), stride = shape->key_heads * size;
-    const int64_t rows = num_tokens * group, position = span->num_before + token, last = position + num_tokens;
-    const int64_t room = rows + ROWS - 1; // products are of whole ROWS
-    const int64_t from = shape->window > 0 && position - shape->window + 1 > 0 ? position - shape->window + 1 : 0;
-    float query[room * width], sum[room * width], scores[room][TILE], turned[width * TILE], most[rows];
-    reg total[rows];
-    float some_keys[TILE * width], some_values[TILE * width];
-
-    memset(query + rows * width, 0, (room - rows) * width * sizeof *query);
-    memset(sum, 0, sizeof sum);
-    for (int64_t row = 0; row < rows; row++) {
-        int64_t at = ((span->first + token + row / group) * shape->heads + head * group + row % group) * size;
-        copy_head(shape->query, at, size, shape->scale, query + row * width, is_bf16);
-        most[row] = -INFINITY;
-        total[row] = (reg){0};
-    }
-    for (int64_t begin = from / TILE * TILE; begin < last; begin += TILE) {
-        const int64_t count = last - begin < TILE ? last - begin : TILE, before = from > begin ? from - begin : 0;
-        const int64_t at = (span->start + begin) * stride + head * size;
-        int64_t apart;
-        const float *keys = tile_of(shape->keys, at, stride, TILE, before, count, size, some_keys, &apart, is_bf16);
-        const float *values = tile_of(shape->values, at, stride, TILE, before, count, size, some_values, &apart, is_bf16);
-        for (int64_t t = 0; t < TILE; t += REGISTER)
-            for (int64_t i = 0; i < width; i += REGISTER)
-                turn(keys + t * apart + i, apart, turned + i * TILE + t, TILE);
-        // The first rows may all be of tokens before this tile.
-        const int64_t first_row = begin > position ? (begin - position) * group : 0;
-        for (int64_t row = first_row; row < rows; row += ROWS)
-            for (int64_t t = 0; t < TILE; t += 2 * REGISTER)
-                multiply(query + row * width, width, turned + t, TILE, size, scores[row] + t, TILE, 0);
-        for (int64_t row = first_row; row < rows; row++) {
-            const int64_t own = position + row / group; // the token's place in its sequence
-            const int64_t low = shape->window > 0 && own - shape->window + 1 > begin ? own - shape->window + 1 - begin : 0;
-            const int64_t high = own + 1 - begin < TILE ? own + 1 - begin : TILE;
-            if (low >= high) {
-                memset(scores[row], 0, sizeof scores[row]);
-                continue;
-            }
-            for (int64_t t = 0; t < low; t++) scores[row][t] = -INFINITY;
-            for (int64_t t = high; t < TILE; t++) scores[row][t] = -INFINITY;
-            const float keep = weigh(scores[row], TILE, most + row, total + row);
-            if (keep != 1.0f)
-                for (int64_t i = 0; i < width; i += REGISTER) *(reg *)(sum + row * width + i) *= keep;
-        }
-        for (int64_t row = first_row; row < rows; row += ROWS)
-            for (int64_t i = 0; i < width; i += 2 * REGISTER)
-                multiply(scores[row], TILE, values + i, apart, count, sum + row * width + i, width, 1);
-    }
-    for (int64_t row = 0; row < rows; row++) {
-        int64_t at = ((span->first + token + row / group) * shape->heads + head * group + row % group) * size;
-        put_head(sum + row * width, total_of(total[row]), size, shape->out, at, is_bf16);
-    }
-}
-
-#ifdef __AVX512BF16__
-// Weights of one row in a tile from its scores: bfloat16, those of unseen places 0. Gives what its sums so far are to be
-// multiplied with.
-INLINE float weigh_pairs(const float *scores, __mmask32 seen, float scale, float *most, float *total, int32_t *weights) {
-    __m512 parts[2];
-    for (int half = 0; half < 2; half++)
-        parts[half] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen >> 16 * half,
-                                         _mm512_loadu_ps(scores + 16 * half) * scale);
-    float highest = _mm512_reduce_max_ps(_mm512_max_ps(parts[0], parts[1])), keep = 1.0f;
-    if (highest > *most) {
-        keep = *most == -INFINITY ? 0.0f : exp_negative(*most - highest);
-        *most = highest;
-    }
-    for (int half = 0; half < 2; half++) // a NaN comes back here
-        parts[half] = _mm512_maskz_mov_ps(seen >> 16 * half, (__m512)exp_register((reg)(parts[half] - *most)));
-    *total = *total * keep + _mm512_reduce_add_ps(parts[0] + parts[1]);
-    __m512bh rounded = _mm512_cvtne2ps_pbh(parts[1], parts[0]);
-    memcpy(weights, &rounded, sizeof rounded);
-    return keep;
-}
-
-// The same with products of two bfloat16 numbers at once, for heads of whole registers of 32. Values lie, and weights are
-// rounded, as in attend_pairs.
-INLINE void prefill_pairs(const Shape *shape, const Span *span, int64_t token, int64_t num_tokens, int64_t head,
-                          const int64_t size) {
-    const int64_t group = shape->heads / shape->key_heads, halves = size / 32, stride = shape->key_heads * size;
-    const int64_t rows = num_tokens * group, room = rows + ROWS - 1;
-    const int64_t position = span->num_before + token, last = position + num_tokens;
-    const int64_t from = shape->window > 0 && position - shape->window + 1 > 0 ? position - shape->window + 1 : 0;
-    int32_t query[room][size / 2], weights[room][TILE / 2];
-    uint32_t turned[size / 2][TILE];
-    __m512i pairs[TILE / 2][2 * halves];
-    __m512 sum[room][2 * halves];
-    float scores[room][TILE], most[rows], total[rows], keep[room];
-    uint16_t some_keys[TILE * size], some_values[TILE * size];
-
-    memset(query, 0, sizeof query);
-    memset(weights, 0, sizeof weights);
-    memset(sum, 0, sizeof sum);
-    memset(keep, 0, sizeof keep);
-    for (int64_t row = 0; row < rows; row++) {
-        int64_t at = ((span->first + token + row / group) * shape->heads + head * group + row % group) * size;
-        memcpy(query[row], (const uint16_t *)shape->query + at, size * sizeof(uint16_t));
-        most[row] = -INFINITY;
-        total[row] = 0.0f;
-    }
-    for (int64_t begin = from / TILE * TILE; begin < last; begin += TILE) {
-        const int64_t count = last - begin < TILE ? last - begin : TILE, before = from > begin ? from - begin : 0;
-        const int64_t at = (span->start + begin) * stride + head * size;
-        const uint16_t *key = (const uint16_t *)shape->keys + at, *value = (const uint16_t *)shape->values + at;
-        int64_t apart = stride;
-        if (count < TILE || before) { // what is not to be seen may be no number, and 0 times NaN is NaN
-            for (int64_t t = 0; t < TILE; t++) {
-                const int seen = t >= before && t < count;
-                if (seen) memcpy(some_keys + t * size, key + t * stride, size * sizeof *key);
-                else memset(some_keys + t * size, 0, size * sizeof *key);
-                if (seen) memcpy(some_values + t * size, value + t * stride, size * sizeof *value);
-                else memset(some_values + t * size, 0, size * sizeof *value);
-            }
-            key = some_keys;
-            value = some_values;
-            apart = size;
-        }
-        for (int64_t i = 0; i < halves; i++) {
-            for (int half = 0; half < TILE; half += 16) turn(key + half * apart + i * 32, apart / 2, turned[16 * i] + half, TILE);
-            for (int64_t t = 0; t < TILE; t += 2) {
-                __m512i one = _mm512_loadu_si512(value + t * apart + i * 32);
-                __m512i next = _mm512_loadu_si512(value + (t + 1) * apart + i * 32);
-                pairs[t / 2][2 * i] = _mm512_unpacklo_epi16(one, next);
-                pairs[t / 2][2 * i + 1] = _mm512_unpackhi_epi16(one, next);
-            }
-        }
-        // The first rows may all be of tokens before this tile.
-        const int64_t first_row = begin > position ? (begin - position) * group : 0;
-        for (int64_t row = first_row; row < rows; row += ROWS) {
-            __m512 products[ROWS][2] = {};
-            for (int64_t pair = 0; pair < size / 2; pair++) {
-                __m512bh low = (__m512bh)_mm512_loadu_si512(turned[pair]);
-                __m512bh high = (__m512bh)_mm512_loadu_si512(turned[pair] + 16);
-#pragma GCC unroll 12
-                for (int r = 0; r < ROWS; r++) {
-                    __m512bh x = (__m512bh)_mm512_set1_epi32(query[row + r][pair]);
-                    products[r][0] = _mm512_dpbf16_ps(products[r][0], x, low);
-                    products[r][1] = _mm512_dpbf16_ps(products[r][1], x, high);
-                }
-            }
-            memcpy(scores[row], products, sizeof products);
-        }
-        for (int64_t row = first_row; row < rows; row++) {
-            const int64_t own = position + row / group; // the token's place in its sequence
-            const int64_t low = shape->window > 0 && own - shape->window + 1 > begin ? own - shape->window + 1 - begin : 0;
-            const int64_t high = own + 1 - begin < TILE ? own + 1 - begin : TILE;
-            const uint64_t seen = low < high ? (1ull << high) - (1ull << low) : 0;
-            if (seen) keep[row] = weigh_pairs(scores[row], seen, shape->scale, most + row, total + row, weights[row]);
-            else memset(weights[row], 0, sizeof weights[row]), keep[row] = 1.0f;
-        }
-        for (int64_t row = first_row; row < rows; row += ROWS / 2)
-            for (int64_t i = 0; i < halves; i += 2) {
-                const int64_t num_regs = halves - i < 2 ? 2 : 4;
-                __m512 own[ROWS / 2][4] = {};
-#pragma GCC unroll 6
-                for (int r = 0; r < ROWS / 2; r++)
-                    for (int64_t j = 0; j < num_regs; j++) own[r][j] = sum[row + r][2 * i + j] * keep[row + r];
-                for (int64_t t = 0; t < TILE / 2; t++)
-#pragma GCC unroll 6
-                    for (int r = 0; r < ROWS / 2; r++) {
-                        __m512bh weight = (__m512bh)_mm512_set1_epi32(weights[row + r][t]);
-                        for (int64_t j = 0; j < num_regs; j++)
-                            own[r][j] = _mm512_dpbf16_ps(own[r][j], weight, (__m512bh)pairs[t][2 * i + j]);
-                    }
-#pragma GCC unroll 6
-                for (int r = 0; r < ROWS / 2; r++)
-                    for (int64_t j = 0; j < num_regs; j++) sum[row + r][2 * i + j] = own[r][j];
-            }
-    }
-    for (int64_t row = 0; row < rows; row++) {
-        int64_t at = ((span->first + token + row / group) * shape->heads + head * group + row % group) * size;
-        put_pairs(sum[row], halves, total[row], (uint16_t *)shape->out + at);
-    }
-}
-#endif
-
-INLINE void prefill_any(const Shape *shape, const Span *span, int64_t token, int64_t count, int64_t head,
-                        int is_bf16) {
-#ifdef __AVX512BF16__
-    if (is_bf16 && shape->size % 32 == 0) {
-        if (shape->size == 64) prefill_pairs(shape, span, token, count, head, 64);
-        else if (shape->size == 128) prefill_pairs(shape, span, token, count, head, 128);
-        else if (shape->size == 256) prefill_pairs(shape, span, token, count, head, 256);
-        else prefill_pairs(shape, span, token, count, head, shape->size);
-        return;
-    }
-#endif
-    if (shape->size == 64) prefill_floats(shape, span, token, count, head, 64, is_bf16);
-    else if (shape->size == 128) prefill_floats(shape, span, token, count, head, 128, is_bf16);
-    else prefill_floats(shape, span, token, count, head, shape->size, is_bf16);
-}
-
-// `spans` int64 [num_spans][4]; query, out [tokens, heads, size]; 1 for heads that there is no room for.
-int attend_prompts(const void *query, const void *keys, const void *values, const Span *spans, int64_t num_spans,
-                   int64_t heads, int64_t key_heads, int64_t size, float scale, int64_t window, void *out, int is_bf16,
-                   int64_t threads) {
-    const Shape shape = {query, keys, values, out, heads, key_heads, size, window, scale};
-    const int64_t group = heads / key_heads, block = BLOCK_ROWS / group;
-    if (size > MOST_SIZE || group > MOST_GROUP) return 1;
-    int64_t most_blocks = 0;
-    for (int64_t s = 0; s < num_spans; s++) {
-        int64_t blocks = (spans[s].num_tokens + block - 1) / block;
-        most_blocks = blocks > most_blocks ? blocks : most_blocks;
-    }
-    // The last blocks of a prompt have the longest context: they go first, and the short ones fill the end.
-    _Pragma("omp parallel for schedule(dynamic) num_threads(threads)")
-    for (int64_t task = 0; task < most_blocks * num_spans * key_heads; task++) {
-        const Span *span = spans + task / key_heads % num_spans;
-        int64_t token = (most_blocks - 1 - task / (key_heads * num_spans)) * block, head = task % key_heads;
-        if (token >= span->num_tokens) continue;
-        int64_t count = span->num_tokens - token < block ? span->num_tokens - token : block;
-        prefill_any(&shape, span, token, count, head, is_bf16);
-    }
-    return 0;
-}
+#include "attention_prompts.h"

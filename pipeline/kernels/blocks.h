@@ -42,8 +42,6 @@ typedef struct {
     int64_t stride; // 0 for blocks
 } Packed;
 
-INLINE int64_t least(int64_t first, int64_t second) { return first < second ? first : second; }
-
 INLINE int64_t num_blocks(const Packed *layer) { return (layer->outputs + BLOCK - 1) / BLOCK; }
 
 // Inputs of a slab: scales change between slabs alone, and the last slab of plain weights may be smaller.

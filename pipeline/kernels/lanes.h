@@ -16,6 +16,8 @@
 #define LANES 16
 #define INLINE static inline __attribute__((always_inline))
 
+INLINE int64_t least(int64_t first, int64_t second) { return first < second ? first : second; }
+
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float half_vec __attribute__((vector_size(2 * LANES)));
 typedef float quarter_vec __attribute__((vector_size(LANES)));
@@ -155,9 +157,48 @@ INLINE float total_of(reg x) {
 // e^x, within 2e-7 of it, for x between -87 and 88, to which it is held; no number stays none.
 INLINE reg exp_register(reg x) {
     x = larger((reg){0} - 87.0f, smaller((reg){0} + 88.0f, x));
-    reg n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
-    reg r = x - n * 0.693359375f + n * 2.12194440e-4f;
+#ifdef __AVX512F__
+    const reg n = (reg)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT);
+#else
+    const reg n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+#endif
+    const reg r = x - n * 0.693359375f + n * 2.12194440e-4f;
     reg p = 8.3333840e-3f + r * 1.3888940e-3f;
     p = 1.0f + r * (1.0f + r * (0.5f + r * (0.16666667f + r * (4.1666668e-2f + r * p))));
+#ifdef __AVX512F__
+    return (reg)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     return p * (reg)((__builtin_convertvector(n, int_reg) + 127) << 23);
+#endif
+}
+
+// 2^x in place of x, within 2e-7 of it, for x up to 127; below -126 as there, and no number stays none. The polynomial is
+// the one of its degree whose largest error on [0, 1] is least. Each step is taken for all `count` before the next.
+INLINE void exp2_registers(reg *x, const int count) {
+    static const float factors[] = {8.9893397e-3f, 5.5826318e-2f, 2.4015361e-1f, 6.9315308e-1f, 1.0f};
+    reg floors[8], parts[8], powers[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < count; i++) {
+        x[i] = larger((reg){0} - 126.0f, x[i]);
+#ifdef __AVX512DQ__
+        parts[i] = (reg)_mm512_reduce_ps((__m512)x[i], _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#else
+        floors[i] = (x[i] - 0.5f + 12582912.0f) - 12582912.0f;
+        parts[i] = x[i] - floors[i];
+#endif
+        powers[i] = (reg){0} + 1.8775767e-3f;
+    }
+#pragma GCC unroll 8
+    for (int k = 0; k < 5; k++)
+#pragma GCC unroll 8
+        for (int i = 0; i < count; i++) powers[i] = powers[i] * parts[i] + factors[k];
+#pragma GCC unroll 8
+    for (int i = 0; i < count; i++) {
+#ifdef __AVX512DQ__
+        (void)floors;
+        x[i] = (reg)_mm512_scalef_ps((__m512)powers[i], (__m512)x[i]);
+#else
+        x[i] = powers[i] * (reg)((__builtin_convertvector(floors[i], int_reg) + 127) << 23);
+#endif
+    }
 }
