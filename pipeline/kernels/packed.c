@@ -53,11 +53,26 @@ INLINE void prepare(const void *row, const Packed *layer, int form, void *prepar
     else arrange(row, layer->inputs, layer->bits, (uint32_t *)((char *)prepared + place * row_bytes(layer, form)));
 }
 
-// Tasks that a thread takes at once: their weights follow each other, and the longer a piece of memory, the faster it is
-// read; but one thread must not have much left to do when the others are through.
-INLINE int64_t run_of(int64_t num_tasks, int num_threads) {
-    const int64_t run = num_tasks / (8 * num_threads);
-    return run > 1 ? run : 1;
+// Tasks of a thread. They follow each other, and so do their weights: the longer a piece of memory, the faster it is read.
+// Who is through takes from the others, for none is to have much left to do then.
+typedef struct {
+    int64_t next, end;
+} __attribute__((aligned(64))) Queue; // no two in one cache line
+
+INLINE void deal(Queue *queues, int num_threads, int64_t num_tasks) {
+    for (int thread = 0; thread < num_threads; thread++)
+        queues[thread] = (Queue){num_tasks * thread / num_threads, num_tasks * (thread + 1) / num_threads};
+}
+
+// A task for one of the threads, -1 where none is left.
+INLINE int64_t take(Queue *queues, int num_threads, int thread) {
+    for (int other = 0; other < num_threads; other++) {
+        Queue *queue = queues + (thread + other) % num_threads;
+        if (__atomic_load_n(&queue->next, __ATOMIC_RELAXED) >= queue->end) continue;
+        const int64_t task = __atomic_fetch_add(&queue->next, 1, __ATOMIC_RELAXED);
+        if (task < queue->end) return task;
+    }
+    return -1;
 }
 
 // silu(gate) * up, in place of gate.
@@ -84,21 +99,21 @@ INLINE int multiply_rows(const Packed *layer, const Packed *up, const void *x, i
     const int64_t blocks = num_blocks(layer), value = kind == BFLOAT16 ? 2 : 4, size = row_bytes(layer, form);
     int64_t chunk = CHUNK;
     while (chunk > LEAST_CHUNK && blocks * ((num_rows + chunk - 1) / chunk) < 4 * num_threads) chunk /= 2;
-    const int64_t num_chunks = (num_rows + chunk - 1) / chunk;
-    const int64_t run = run_of(blocks * num_chunks, num_threads);
+    const int64_t num_chunks = (num_rows + chunk - 1) / chunk, num_tasks = blocks * num_chunks;
     Multiply *multiply_block = multiply_for(layer, form);
     const int as_they_come = form == FLOAT32 || (form == BFLOAT16 && !layer->scales);
     char *prepared = as_they_come ? NULL : room(padded(num_rows, form) * size);
     if (!as_they_come && !prepared) return 1;
     const char *from = as_they_come ? x : prepared;
+    Queue queues[num_threads];
+    deal(queues, num_threads, num_tasks);
 #pragma omp parallel num_threads(num_threads)
     {
         if (prepared)
 #pragma omp for
             for (int64_t row = 0; row < num_rows; row++)
                 prepare((const char *)x + row * layer->inputs * value, layer, form, prepared, row);
-#pragma omp for schedule(dynamic, run)
-        for (int64_t task = 0; task < blocks * num_chunks; task++) {
+        for (int64_t task; (task = take(queues, num_threads, omp_get_thread_num())) >= 0;) {
             const int64_t block = task / num_chunks, first = task % num_chunks * chunk;
             const int64_t whole = least(BLOCK, layer->outputs - block * BLOCK);
             const int count = least(chunk, num_rows - first);
@@ -183,7 +198,8 @@ int packed_experts(const Packed *gate_up, const Packed *down, const void *x, int
         places[expert] = num_places;
         num_places += padded(starts[expert + 1] - starts[expert], form);
     }
-    const int64_t run = run_of(num_hit * width_blocks, num_threads);
+    Queue queues[num_threads];
+    deal(queues, num_threads, num_hit * width_blocks);
     Multiply *into = multiply_for(gate_up, form), *from = multiply_for(down, form);
     const char *tokens = kind == FLOAT32 ? x : prepared, *inner_rows = kind == INT8 ? inner_prepared : inner;
 #pragma omp parallel num_threads(num_threads)
@@ -196,8 +212,7 @@ int packed_experts(const Packed *gate_up, const Packed *down, const void *x, int
 #pragma omp for
             for (int64_t token = 0; token < num_tokens; token++)
                 prepare((const char *)x + token * hidden * value, gate_up, kind, prepared, token);
-#pragma omp for schedule(dynamic, run)
-        for (int64_t task = 0; task < num_hit * width_blocks; task++) {
+        for (int64_t task; (task = take(queues, num_threads, omp_get_thread_num())) >= 0;) {
             const int64_t expert = hit[task / width_blocks], block = task % width_blocks;
             for (int64_t first = starts[expert]; first < starts[expert + 1]; first += CHUNK) {
                 const int count = least(CHUNK, starts[expert + 1] - first);
@@ -225,6 +240,7 @@ int packed_experts(const Packed *gate_up, const Packed *down, const void *x, int
                 }
             }
         }
+#pragma omp barrier
         if (inner_prepared)
 #pragma omp for
             for (int64_t pair = 0; pair < starts[num_experts]; pair++)
