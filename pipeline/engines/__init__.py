@@ -87,11 +87,13 @@ def _transformers(spec: JobSpec, plan: Plan, encoding: _Encoding) -> EngineChoic
     tokenizer, encoder = encoding
 
     def open_(report: Report, show_progress: bool) -> tuple[Engine, float]:
+        from pipeline.engines.memory import keep_freed_memory
         from pipeline.engines.transformers import open_deterministic_engine, open_engine
         from pipeline.loading import load_model
 
         began = time.perf_counter()
         loaded = load_model(plan, show_progress=show_progress, report=report)
+        keep_freed_memory()
         engine = (open_deterministic_engine if spec.generation.deterministic else open_engine)(
             loaded.model,
             tokenizer(),

@@ -1,9 +1,7 @@
-"""What an exception out of a model means for the requests it was computing, and how to get memory back."""
+"""What an exception out of a model means for the requests it was computing."""
 # pyright: basic
 
 from __future__ import annotations
-
-import gc
 
 from pipeline.records import ItemError
 
@@ -32,11 +30,3 @@ def is_fatal(exception: Exception) -> bool:
     import torch
 
     return isinstance(exception, torch.AcceleratorError) and not is_out_of_memory(exception)
-
-
-def release_memory() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

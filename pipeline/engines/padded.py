@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.engines import self_check
 from pipeline.engines.batch import Batch, CausalModel
-from pipeline.engines.failures import NOT_FINITE, is_fatal, item_error, release_memory
+from pipeline.engines.failures import NOT_FINITE, is_fatal, item_error
 from pipeline.engines.headroom import Headroom
+from pipeline.engines.memory import release_memory
 from pipeline.engines.row import Row
 from pipeline.engines.sampling import Sampler, stream_key
 from pipeline.engines.vocabulary import pad_id_of, vocabulary_of

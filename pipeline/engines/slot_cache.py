@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pipeline.engines.memory import give_back_freed_memory
 from pipeline.kernels.attention import ALIKE_TOKENS, attend_one, attend_prompts
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class SlotCache:
         if num_tokens != self.num_tokens:
             self.num_tokens = num_tokens
             self._pools = {}
+            give_back_freed_memory()
 
     def attend(
         self,

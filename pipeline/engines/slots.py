@@ -12,9 +12,10 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.engines import self_check
-from pipeline.engines.failures import NOT_FINITE, is_fatal, item_error, release_memory
+from pipeline.engines.failures import NOT_FINITE, is_fatal, item_error
 from pipeline.engines.headroom import Headroom
 from pipeline.engines.kept_prefix import KeptPrefix, LatestPrompts
+from pipeline.engines.memory import release_memory
 from pipeline.engines.packed_model import PackedModel
 from pipeline.engines.prefixes import Prefixes
 from pipeline.engines.row import Row
