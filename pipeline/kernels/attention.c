@@ -92,7 +92,7 @@ INLINE float weigh(float *scores, float *most, reg *total) {
 INLINE int64_t in_lane(int64_t size, int64_t i) { return size - i >= LANES ? LANES : size > i ? size - i : 0; }
 
 // The width that a head is filled up to with zeros: whole registers, two at a time.
-INLINE int64_t filled(int64_t size) { return (size + 2 * LANES - 1) / (2 * LANES) * (2 * LANES); }
+INLINE int64_t filled(int64_t size) { return rounded_up(size, 2 * LANES); }
 
 // A head, times `scale`, as float32.
 static void copy_head(const void *from, int64_t at, int64_t size, float scale, float *to, int is_bf16) {
@@ -319,8 +319,10 @@ INLINE void attend_pairs(const Shape *shape, int64_t row, const Context *context
             for (int64_t i = 0; i < 2 * halves; i++) to[i] = own[i];
         }
     }
-    for (int64_t head = 0; head < heads; head++)
-        put_pairs((const float *)(sum + head * 2 * halves), halves, total[head], (uint16_t *)shape->out + query_at + head * size);
+    for (int64_t head = 0; head < heads; head++) {
+        uint16_t *out = (uint16_t *)shape->out + query_at + head * size;
+        put_pairs((const float *)(sum + head * 2 * halves), halves, total[head], out);
+    }
 }
 #endif
 

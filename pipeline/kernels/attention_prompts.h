@@ -182,15 +182,13 @@ INLINE void values_in_pairs(const uint16_t *values, int64_t stride, int64_t from
 }
 #endif
 
-INLINE int64_t whole(int64_t count, int64_t parts) { return (count + parts - 1) / parts * parts; }
-
 // `num_tokens` tokens of a span from one on, for one key head.
 INLINE void prefill(const Shape *shape, const Span *span, int64_t token, int64_t num_tokens, int64_t key_head,
                     const int64_t size, const int is_bf16, const int in_pairs) {
     const int64_t group = shape->heads / shape->key_heads, stride = shape->key_heads * size, rows = num_tokens * group;
     const int64_t width = filled(size), words = in_pairs ? size / 2 : width; // of a row of sums, and of queries and keys
     const int64_t position = span->num_before + token, last = position + num_tokens;
-    const int64_t all_rows = whole(whole(rows, ROWS), 2 * REGISTER); // that the loops touch
+    const int64_t all_rows = rounded_up(rounded_up(rows, ROWS), 2 * REGISTER); // that the loops touch
     const int64_t from = shape->window > 0 && position - shape->window + 1 > 0 ? position - shape->window + 1 : 0;
     const float scale = shape->scale * 1.44269504f; // so that powers are those of two
     const int32_t window = shape->window > 0 ? least(shape->window, INT32_MAX) : INT32_MAX;
@@ -218,7 +216,7 @@ INLINE void prefill(const Shape *shape, const Span *span, int64_t token, int64_t
         const int64_t at = (span->start + begin) * stride + key_head * size;
         // The first rows may all be of tokens before this tile, and the last places of none.
         const int64_t first = begin > position ? (begin - position) * group / ROWS * ROWS : 0;
-        const int64_t places = whole(count, ROWS);
+        const int64_t places = rounded_up(count, ROWS);
         const int all_seen = begin + PLACES <= position + 1 && last - begin <= window;
         int64_t keys_apart, values_apart;
         const void *keys = some_keys, *values = some_values;

@@ -18,6 +18,9 @@
 
 INLINE int64_t least(int64_t first, int64_t second) { return first < second ? first : second; }
 
+// To a multiple of `unit`.
+INLINE int64_t rounded_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float half_vec __attribute__((vector_size(2 * LANES)));
 typedef float quarter_vec __attribute__((vector_size(LANES)));
@@ -173,7 +176,8 @@ INLINE reg exp_register(reg x) {
 }
 
 // 2^x in place of x, within 2e-7 of it, for x up to 127; below -126 as there, and no number stays none. The polynomial is
-// the one of its degree whose largest error on [0, 1] is least. Each step is taken for all `count` before the next.
+// the one of its degree whose largest error on [0, 1] is least. Each step is taken for all `count`, at most 8, before the
+// next, so that none waits for itself.
 INLINE void exp2_registers(reg *x, const int count) {
     static const float factors[] = {8.9893397e-3f, 5.5826318e-2f, 2.4015361e-1f, 6.9315308e-1f, 1.0f};
     reg floors[8], parts[8], powers[8];

@@ -25,7 +25,7 @@
 #endif
 
 // Rows in whole tiles.
-INLINE int64_t amx_padded(int64_t num_rows) { return (num_rows + AMX_ROWS - 1) / AMX_ROWS * AMX_ROWS; }
+INLINE int64_t amx_padded(int64_t num_rows) { return rounded_up(num_rows, AMX_ROWS); }
 
 // The first inputs of a row among tiles; those that follow are a tile further each.
 INLINE char *amx_place(void *tiles, int64_t inputs, int64_t row) {
