@@ -46,9 +46,7 @@ _PAGES_OF_A_STEP = 80_000_000 // 4096
 
 
 def measure(job: str) -> tuple[int, int, int]:
-    """In a process of its own, after a job: new pages of ten steps, bytes given back after them, and by a cache of another
-    size.
-    """
+    """In a process of its own, after a job: new pages of ten steps, bytes given back then, and by a resized cache."""
     found = subprocess.run([sys.executable, "-c", _LOOP, job], check=True, capture_output=True, text=True).stdout
     pages, of_steps, of_a_cache = map(int, found.split()[-3:])
     return pages, of_steps, of_a_cache
