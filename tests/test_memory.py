@@ -48,7 +48,7 @@ _PAGES_OF_A_STEP = 80_000_000 // 4096
 
 def measure(job: str) -> tuple[int, int, int]:
     """In a process of its own, after a job: new pages of ten steps, bytes given back then, and by a resized cache."""
-    # Where the C library adapts, it is up to chance whether it keeps what is freed; with its first values it never does.
+    # Where the C library adapts, chance decides whether it keeps what is freed; with its first values it never does.
     first = {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}
     command = [sys.executable, "-c", _LOOP, job]
     found = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | first).stdout
