@@ -11,8 +11,8 @@
 #include "rows_float32.h"
 #include "rows_int8.h"
 
-// sums[r] = the products of rows[r] with one block of outputs; at most CHUNK rows. Of rows in tiles rows[0] tells where those
-// of the chunk begin; sums of what fills up the last tile are written too.
+// sums[r] = the products of rows[r] with one block of outputs; at most CHUNK rows, which follow each other if they are for a
+// matrix unit.
 typedef void Multiply(const Packed *, int64_t expert, int64_t block, const void *const *rows, int num_rows,
                       float (*sums)[BLOCK]);
 
@@ -76,10 +76,11 @@ INLINE void all_tiles(const Packed *layer, const Slab *slab, const void *const *
 }
 
 // Before the first slab, and after the last.
-INLINE void begin(float (*sums)[BLOCK], int num_rows, const int kind) {
-    (void)kind;
+INLINE void begin(float (*sums)[BLOCK], int num_rows, const int kind, const int is_plain) {
+    (void)is_plain;
 #if HAS_AMX
-    if (kind == AMX) num_rows = amx_padded(num_rows), amx_begin();
+    if (kind == AMX) amx_begin(num_rows);
+    if (kind == AMX && is_plain) return; // sums begin in tiles
 #endif
     memset(sums, 0, num_rows * sizeof *sums);
 }
@@ -99,12 +100,12 @@ INLINE void multiply_blocks(const Packed *layer, int64_t expert, int64_t block, 
     const uint16_t *scales = bits < 16 ? layer->scales + place * groups * BLOCK : NULL;
     const int is_bf16 = kind == BFLOAT16 || kind == AMX;
     const int is_plain = is_bf16 && bits == 16; // weights which are multiplied where they lie
-    const int step = is_plain ? plain_step(layer->inputs) : step_of(layer);
+    const int step = is_plain ? plain_step(layer->inputs, kind == AMX ? AMX_SLAB : PLAIN_SLAB) : step_of(layer);
     const int most_direct = kind == FLOAT32 && bits >= 8 ? 10 : TILE_ROWS; // for more rows a slab is worth its making
     const int is_made = is_plain || kind == AMX || (kind != INT8 && num_rows > most_direct);
     float made[SLAB * BLOCK] __attribute__((aligned(64))), scale[BLOCK];
     no_scale(scale);
-    begin(sums, num_rows, kind);
+    begin(sums, num_rows, kind, is_plain);
     for (int64_t first = 0; first < layer->inputs; first += step) {
         const int inputs = least(step, layer->inputs - first);
         Slab slab = {codes + first * bits / 32 * BLOCK, made, scale, first, inputs};
@@ -171,11 +172,11 @@ static void multiply_matrix(const Packed *layer, int64_t expert, int64_t block, 
 // The same with an even number of inputs for rows of bfloat16.
 INLINE void multiply_matrix_in_pairs(const Packed *layer, int64_t block, const void *const *rows, int num_rows,
                                      float (*sums)[BLOCK], const int kind) {
-    uint32_t made[PLAIN_SLAB / 2 * BLOCK] __attribute__((aligned(64)));
+    uint32_t made[AMX_SLAB / 2 * BLOCK] __attribute__((aligned(64)));
     float scale[BLOCK];
-    const int step = plain_step(layer->inputs);
+    const int step = plain_step(layer->inputs, kind == AMX ? AMX_SLAB : PLAIN_SLAB);
     no_scale(scale);
-    begin(sums, num_rows, kind);
+    begin(sums, num_rows, kind, 1);
     for (int64_t first = 0; first < layer->inputs; first += step) {
         const Slab slab = {NULL, made, scale, first, least(step, layer->inputs - first)};
         pairs_of_matrix(layer, block, first, slab.step, made);

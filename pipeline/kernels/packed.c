@@ -10,6 +10,7 @@
 #include "multiply.h"
 
 #define LEAST_CHUNK 48 // for fewer rows a slab is not worth its making
+#define GROUP_BYTES (1 << 19) // of blocks that all chunks pass by before the next: they stay in the second-level cache
 
 // `count` sums of a block, as numbers of the kind of the rows. A whole block is a case of its own, as a lane is in lanes.h.
 INLINE void store_sums(const float *sums, void *out, int64_t at, int64_t count, int bf16) {
@@ -41,15 +42,12 @@ INLINE int64_t row_bytes(const Packed *layer, int form) {
     return form == INT8 ? quantized_bytes(layer) : layer->inputs * (form == FLOAT32 ? 4 : 2);
 }
 
-INLINE int64_t padded(int64_t num_rows, int form) { return form == AMX ? amx_padded(num_rows) : num_rows; }
-
 // Of the first cache line on: what is read in whole lines should not lie across two.
 static void *room(int64_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
 
 // Puts a row among those that are multiplied; rows of float32, or for plain weights, are multiplied as they come.
 INLINE void prepare(const void *row, const Packed *layer, int form, void *prepared, int64_t place) {
-    if (form == AMX) amx_put(row, layer->inputs, layer->bits, prepared, place);
-    else if (form == INT8) quantize(row, layer, (char *)prepared + place * row_bytes(layer, form));
+    if (form == INT8) quantize(row, layer, (char *)prepared + place * row_bytes(layer, form));
     else arrange(row, layer->inputs, layer->bits, (uint32_t *)((char *)prepared + place * row_bytes(layer, form)));
 }
 
@@ -100,9 +98,10 @@ INLINE int multiply_rows(const Packed *layer, const Packed *up, const void *x, i
     int64_t chunk = CHUNK;
     while (chunk > LEAST_CHUNK && blocks * ((num_rows + chunk - 1) / chunk) < 4 * num_threads) chunk /= 2;
     const int64_t num_chunks = (num_rows + chunk - 1) / chunk, num_tasks = blocks * num_chunks;
+    const int64_t most_in_group = GROUP_BYTES / (BLOCK * layer->inputs * layer->bits / 8) + 1;
     Multiply *multiply_block = multiply_for(layer, form);
-    const int as_they_come = form == FLOAT32 || (form == BFLOAT16 && !layer->scales);
-    char *prepared = as_they_come ? NULL : room(padded(num_rows, form) * size);
+    const int as_they_come = form == FLOAT32 || (kind == BFLOAT16 && !layer->scales);
+    char *prepared = as_they_come ? NULL : room(num_rows * size);
     if (!as_they_come && !prepared) return 1;
     const char *from = as_they_come ? x : prepared;
     Queue queues[num_threads];
@@ -114,7 +113,9 @@ INLINE int multiply_rows(const Packed *layer, const Packed *up, const void *x, i
             for (int64_t row = 0; row < num_rows; row++)
                 prepare((const char *)x + row * layer->inputs * value, layer, form, prepared, row);
         for (int64_t task; (task = take(queues, num_threads, omp_get_thread_num())) >= 0;) {
-            const int64_t block = task / num_chunks, first = task % num_chunks * chunk;
+            const int64_t group = task / (most_in_group * num_chunks) * most_in_group, place = task - group * num_chunks;
+            const int64_t in_group = least(most_in_group, blocks - group);
+            const int64_t block = group + place % in_group, first = place / in_group * chunk;
             const int64_t whole = least(BLOCK, layer->outputs - block * BLOCK);
             const int count = least(chunk, num_rows - first);
             const void *rows[CHUNK];
@@ -174,30 +175,25 @@ int packed_experts(const Packed *gate_up, const Packed *down, const void *x, int
                    const float *weights, int64_t top_k, int64_t num_experts, void *out, int kind, int num_threads) {
     const int64_t hidden = gate_up->inputs, width = down->inputs, num_pairs = num_tokens * top_k;
     const int64_t value = kind == BFLOAT16 ? 2 : 4, width_blocks = width / BLOCK;
-    // Tiles are filled with the rows of one expert, which every thread gathers for itself.
-    const int form = form_of(gate_up, kind) == AMX ? form_of(down, kind) : kind, in_tiles = form == AMX;
-    const int64_t num_filling = in_tiles ? (AMX_ROWS - 1) * least(num_experts, num_pairs) : 0;
+    // For a matrix unit every thread gathers the rows of its expert.
+    const int form = form_of(gate_up, kind) == AMX ? form_of(down, kind) : kind, gathers = form == AMX;
     const int64_t size = row_bytes(gate_up, form), inner_size = row_bytes(down, form);
-    int64_t *starts = malloc((num_experts + 1 + num_pairs + 2 * num_experts) * sizeof *starts);
-    char *inner = room((num_pairs + num_filling) * width * value);
+    int64_t *starts = malloc((num_experts + 1 + num_pairs + num_experts) * sizeof *starts);
+    char *inner = room(num_pairs * width * value);
     char *prepared = kind == FLOAT32 ? NULL : room(num_tokens * size);
-    char *gathered = in_tiles ? room(num_threads * CHUNK * size) : NULL;
+    char *gathered = gathers ? room(num_threads * CHUNK * size) : NULL;
     char *inner_prepared = kind == INT8 ? malloc(num_pairs * inner_size) : NULL;
     const int64_t together = blocks_together(num_tokens, hidden / BLOCK, num_threads);
     float *totals = malloc(num_threads * num_tokens * together * BLOCK * sizeof *totals);
     if (!starts || !inner || !totals || (kind != FLOAT32 && !prepared) || (kind == INT8 && !inner_prepared) ||
-        (in_tiles && !gathered)) {
+        (gathers && !gathered)) {
         free(starts), free(inner), free(prepared), free(gathered), free(inner_prepared), free(totals);
         return 1;
     }
     int64_t *sorted = starts + num_experts + 1, *hit = sorted + num_pairs, num_hit = 0;
-    int64_t *places = hit + num_experts, num_places = 0; // of an expert's first row among those within
     sort(chosen, num_tokens, top_k, num_experts, starts, sorted);
-    for (int64_t expert = 0; expert < num_experts; expert++) {
+    for (int64_t expert = 0; expert < num_experts; expert++)
         if (starts[expert + 1] > starts[expert]) hit[num_hit++] = expert;
-        places[expert] = num_places;
-        num_places += padded(starts[expert + 1] - starts[expert], form);
-    }
     Queue queues[num_threads];
     deal(queues, num_threads, num_hit * width_blocks);
     Multiply *into = multiply_for(gate_up, form), *from = multiply_for(down, form);
@@ -206,8 +202,8 @@ int packed_experts(const Packed *gate_up, const Packed *down, const void *x, int
     {
         const void *rows[CHUNK];
         float sums[2][CHUNK][BLOCK] __attribute__((aligned(64)));
-        char *tiles = in_tiles ? gathered + omp_get_thread_num() * CHUNK * size : NULL;
-        int64_t in_tiles_from = -1; // of the sorted pairs
+        char *own_rows = gathers ? gathered + omp_get_thread_num() * CHUNK * size : NULL;
+        int64_t gathered_from = -1; // of the sorted pairs
         if (prepared)
 #pragma omp for
             for (int64_t token = 0; token < num_tokens; token++)
@@ -216,20 +212,18 @@ int packed_experts(const Packed *gate_up, const Packed *down, const void *x, int
             const int64_t expert = hit[task / width_blocks], block = task % width_blocks;
             for (int64_t first = starts[expert]; first < starts[expert + 1]; first += CHUNK) {
                 const int count = least(CHUNK, starts[expert + 1] - first);
-                for (int row = 0; row < count; row++) rows[row] = tokens + sorted[first + row] / top_k * size;
-                if (in_tiles) {
-                    for (int row = 0; row < count && in_tiles_from != first; row++)
-                        amx_put(rows[row], hidden, 16, tiles, row); // arranged already
-                    in_tiles_from = first;
-                    rows[0] = tiles;
+                for (int row = 0; row < count; row++) {
+                    rows[row] = tokens + sorted[first + row] / top_k * size;
+                    if (!gathers) continue;
+                    if (gathered_from != first) memcpy(own_rows + row * size, rows[row], size);
+                    rows[row] = own_rows + row * size;
                 }
+                gathered_from = first;
                 into(gate_up, expert, block, rows, count, sums[0]);
                 into(gate_up, expert, block + width_blocks, rows, count, sums[1]);
                 for (int row = 0; row < count; row++) {
                     gate_block(sums[0][row], sums[1][row]);
-                    const int64_t place = places[expert] + first - starts[expert] + row;
-                    char *to = in_tiles ? amx_place(inner, width, place) + block * AMX_BYTES
-                                        : inner + (place * width + block * BLOCK) * value;
+                    char *to = inner + ((first + row) * width + block * BLOCK) * value;
                     if (kind == BFLOAT16) {
                         uint16_t rounded[BLOCK];
                         store_sums(sums[0][row], rounded, 0, BLOCK, 1);
@@ -254,8 +248,7 @@ int packed_experts(const Packed *gate_up, const Packed *down, const void *x, int
                 const int64_t expert = hit[place];
                 for (int64_t first = starts[expert]; first < starts[expert + 1]; first += CHUNK) {
                     const int count = least(CHUNK, starts[expert + 1] - first);
-                    const char *own = inner_rows + (places[expert] + first - starts[expert]) * inner_size;
-                    for (int row = 0; row < count; row++) rows[row] = own + row * inner_size;
+                    for (int row = 0; row < count; row++) rows[row] = inner_rows + (first + row) * inner_size;
                     for (int64_t block = begin; block < end; block++) {
                         from(down, expert, block, rows, count, sums[0]);
                         for (int row = 0; row < count; row++) {

@@ -1,8 +1,7 @@
 // Rows of bfloat16 times a slab of weights in the matrix unit of a processor that has one (AMX-BF16): 16 rows by 16 outputs
-// at once, 32 inputs at a time. The words of a slab of pairs (rows_bfloat16.h) are what its tiles take, as they lie.
-//
-// Rows lie as tiles too: 32 inputs of each of 16 rows in one piece, all inputs of these rows, then the next 16. What fills
-// the last tile up is of no importance: no row sees another. A row is summed in one order, whatever is beside it.
+// at once, 32 inputs at a time. The words of a slab of pairs (rows_bfloat16.h) are what its tiles take, as they lie; rows
+// follow each other in memory, and 16 of them are read as a tile wherever it begins. A row is summed in one order, whatever
+// is beside it.
 
 #pragma once
 
@@ -10,11 +9,6 @@
 
 #define AMX_ROWS 16
 #define AMX_INPUTS 32
-#define AMX_BYTES 1024 // of a tile
-
-#if AMX_INPUTS != BLOCK
-#error "a block of an expert's inner numbers is one row of a tile"
-#endif
 
 #if HAS_BF16 && defined(__AMX_BF16__) && defined(__linux__)
 #define HAS_AMX 1
@@ -23,20 +17,6 @@
 #else
 #define HAS_AMX 0
 #endif
-
-// Rows in whole tiles.
-INLINE int64_t amx_padded(int64_t num_rows) { return rounded_up(num_rows, AMX_ROWS); }
-
-// The first inputs of a row among tiles; those that follow are a tile further each.
-INLINE char *amx_place(void *tiles, int64_t inputs, int64_t row) {
-    return (char *)tiles + row / AMX_ROWS * AMX_ROWS * inputs * 2 + row % AMX_ROWS * AMX_INPUTS * 2;
-}
-
-// Puts a row among tiles, its inputs in the order in which a slab of weights of so many bits has them.
-static void amx_put(const uint16_t *row, int64_t inputs, int bits, void *tiles, int64_t place) {
-    char *to = amx_place(tiles, inputs, place);
-    for (int64_t k = 0; k < inputs; k += AMX_INPUTS, to += AMX_BYTES) arrange(row + k, AMX_INPUTS, bits, (uint32_t *)to);
-}
 
 #if HAS_AMX
 // Linux hands the registers out on request, once for all threads of a process (its documentation, arch/x86/xstate.rst).
@@ -53,72 +33,82 @@ INLINE int amx_serves(const Packed *layer) {
     return layer->inputs % AMX_INPUTS == 0 && step % AMX_INPUTS == 0 && amx_is_allowed();
 }
 
-// Eight whole tiles. Whoever is through with them calls _tile_release, or they are saved with every change of threads.
-INLINE void amx_begin(void) {
-    static const struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {
+// Tiles for the first of so many rows, two tiles of them at most. Whoever is through with them calls _tile_release, or they are saved with
+// every change of threads.
+INLINE void amx_begin(int num_rows) {
+    struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {
         .palette = 1, .bytes = {[0 ... 7] = 2 * AMX_INPUTS}, .rows = {[0 ... 7] = AMX_ROWS}};
+    shape.rows[0] = shape.rows[1] = shape.rows[4] = least(num_rows, AMX_ROWS);
+    if (num_rows > AMX_ROWS) shape.rows[2] = shape.rows[3] = shape.rows[5] = least(num_rows - AMX_ROWS, AMX_ROWS);
     _tile_loadconfig(&shape);
 }
 
-// Adds the products of one or two tiles of rows, of which `num_rows` count, to their sums: by way of a copy if they are to
-// be scaled, else in place. Tiles 0 to 3 are sums, 4 and 5 rows, 6 and 7 weights.
-INLINE void amx_products(const char *rows, const char *more_rows, const int num_tiles, int num_rows, int step,
+// The products of up to two tiles of rows with a slab: added to their sums, by way of a copy if they are to be scaled, else
+// in place; `is_first` where there are no sums yet. Tiles 0 to 3 are sums, 4 and 5 rows, 6 and 7 weights.
+INLINE void amx_products(const char *rows, int64_t apart, int num_rows, const int num_tiles, int step, int is_first,
                          const uint32_t *slab, const float *scale, float (*sums)[BLOCK], Ahead *ahead) {
     float part[2 * AMX_ROWS][BLOCK] __attribute__((aligned(64)));
     float(*to)[BLOCK] = scale ? part : sums;
-    const int64_t apart = sizeof *sums;
-    if (scale) {
+    if (scale || is_first) {
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
     } else {
-        _tile_loadd(0, to[0], apart);
-        _tile_loadd(1, to[0] + 16, apart);
+        _tile_loadd(0, to[0], sizeof *to);
+        _tile_loadd(1, to[0] + 16, sizeof *to);
         if (num_tiles > 1) {
-            _tile_loadd(2, to[AMX_ROWS], apart);
-            _tile_loadd(3, to[AMX_ROWS] + 16, apart);
+            _tile_loadd(2, to[AMX_ROWS], sizeof *to);
+            _tile_loadd(3, to[AMX_ROWS] + 16, sizeof *to);
         }
     }
+    // More than a few rows come from the second-level cache past the first, or the slab would not stay there.
+    const char *more_rows = rows + AMX_ROWS * apart;
     for (int k = 0; k < step; k += AMX_INPUTS) {
         const uint32_t *weights = slab + k / 2 * BLOCK;
-        const int64_t at = k / AMX_INPUTS * AMX_BYTES;
-        ask(ahead);
+        if (ahead->num_parts) ask(ahead);
+        if (num_tiles > 1) {
+            _tile_stream_loadd(4, rows + 2 * k, apart);
+            _tile_stream_loadd(5, more_rows + 2 * k, apart);
+        } else {
+            _tile_loadd(4, rows + 2 * k, apart);
+        }
         _tile_loadd(6, weights, BLOCK * sizeof *slab);
         _tile_loadd(7, weights + 16, BLOCK * sizeof *slab);
-        _tile_loadd(4, rows + at, 2 * AMX_INPUTS);
         _tile_dpbf16ps(0, 4, 6);
+        if (num_tiles > 1) _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(1, 4, 7);
-        if (num_tiles > 1) {
-            _tile_loadd(5, more_rows + at, 2 * AMX_INPUTS);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
+        if (num_tiles > 1) _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, to[0], apart);
-    _tile_stored(1, to[0] + 16, apart);
+    _tile_stored(0, to[0], sizeof *to);
+    _tile_stored(1, to[0] + 16, sizeof *to);
     if (num_tiles > 1) {
-        _tile_stored(2, to[AMX_ROWS], apart);
-        _tile_stored(3, to[AMX_ROWS] + 16, apart);
+        _tile_stored(2, to[AMX_ROWS], sizeof *to);
+        _tile_stored(3, to[AMX_ROWS] + 16, sizeof *to);
     }
     for (int row = 0; scale && row < num_rows; row++)
         for (int i = 0; i < BLOCK; i += REGISTER) add_scaled(sums[row] + i, *(const reg *)(part[row] + i), scale + i);
 }
 
-// How often a part of what follows is asked for.
-INLINE int amx_passes(int num_rows, int step) { return (num_rows + 2 * AMX_ROWS - 1) / (2 * AMX_ROWS) * (step / AMX_INPUTS); }
+// How often a part of what follows is asked for; 0 where the processor sees by itself in time what will be needed.
+INLINE int amx_passes(int num_rows, int step) {
+    const int pairs = num_rows / (2 * AMX_ROWS);
+    return pairs > 3 ? pairs * (step / AMX_INPUTS) : 0;
+}
 
 // All rows of a chunk times a slab of pairs, from the inputs `first` on; `scale` is NULL for plain weights.
-INLINE void amx_slab(const Packed *layer, const void *tiles, int num_rows, int64_t first, int step, const uint32_t *slab,
+INLINE void amx_slab(const Packed *layer, const void *rows, int num_rows, int64_t first, int step, const uint32_t *slab,
                      const float *scale, float (*sums)[BLOCK], Ahead *ahead) {
     // Compilers do not know that tiles are loaded from what they may have yet to write.
-    __asm__ volatile("" : : "r"(tiles), "r"(slab), "r"(sums) : "memory");
-    for (int row = 0; row < num_rows; row += 2 * AMX_ROWS) {
-        const char *rows = (const char *)tiles + row * layer->inputs * 2 + first / AMX_INPUTS * AMX_BYTES;
-        const char *more_rows = rows + AMX_ROWS * layer->inputs * 2;
-        const int count = least(2 * AMX_ROWS, num_rows - row);
-        if (count > AMX_ROWS) amx_products(rows, more_rows, 2, count, step, slab, scale, sums + row, ahead);
-        else amx_products(rows, NULL, 1, count, step, slab, scale, sums + row, ahead);
+    __asm__ volatile("" : : "r"(rows), "r"(slab), "r"(sums) : "memory");
+    const int64_t apart = layer->inputs * 2;
+    const char *from = (const char *)rows + first * 2;
+    for (int left = num_rows; left > 0; left -= 2 * AMX_ROWS, from += 2 * AMX_ROWS * apart, sums += 2 * AMX_ROWS) {
+        const int count = least(left, 2 * AMX_ROWS), is_part = count < least(num_rows, 2 * AMX_ROWS);
+        if (is_part) amx_begin(count);
+        if (count > AMX_ROWS) amx_products(from, apart, count, 2, step, !first, slab, scale, sums, ahead);
+        else amx_products(from, apart, count, 1, step, !first, slab, scale, sums, ahead);
+        if (is_part) amx_begin(num_rows);
     }
 }
 #else

@@ -5,7 +5,9 @@
 
 #include "blocks.h"
 
-#define PLAIN_SLAB 320 // inputs of a slab of plain weights, which is to stay in the first-level cache beside its rows
+// Most inputs of a slab of plain weights: it is to stay in the first-level cache, beside its rows unless they are tiles.
+#define PLAIN_SLAB 320
+#define AMX_SLAB 576
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define HAS_BF16 1
@@ -29,8 +31,8 @@ static void arrange(const uint16_t *row, int64_t inputs, int bits, uint32_t *pai
 }
 
 // Inputs of a slab of plain weights: parts as equal as whole tiles of a matrix unit are, 32 inputs each.
-INLINE int plain_step(int64_t inputs) {
-    const int64_t parts = (inputs + PLAIN_SLAB - 1) / PLAIN_SLAB;
+INLINE int plain_step(int64_t inputs, int64_t most) {
+    const int64_t parts = (inputs + most - 1) / most;
     return ((inputs + parts - 1) / parts + 31) / 32 * 32;
 }
 

@@ -173,6 +173,7 @@ EMULATED float total_512(floats_512 x) {
 #undef _tile_release
 #undef _tile_zero
 #undef _tile_loadd
+#undef _tile_stream_loadd
 #undef _tile_stored
 #undef _tile_dpbf16ps
 
@@ -200,6 +201,7 @@ static __attribute__((unused)) void tiles_move(int tile, char *at, int64_t apart
 static __attribute__((unused)) void tiles_multiply(int sums, int rows, int weights) {
     const int num_pairs = tiles_shape.bytes[rows] / 4;
     if (!tiles_shape.palette || num_pairs != tiles_shape.rows[weights]) abort();
+    if (tiles_shape.rows[sums] != tiles_shape.rows[rows]) abort();
     EACH(tiles_shape.rows[sums], row)
     EACH(tiles_shape.bytes[sums] / 4, column) {
         float part[2] = {0}, sum;
@@ -220,6 +222,7 @@ static __attribute__((unused)) void tiles_multiply(int sums, int rows, int weigh
 #define _tile_release() memset(&tiles_shape, 0, sizeof tiles_shape)
 #define _tile_zero(tile) memset(tiles_held[tile], 0, sizeof tiles_held[tile])
 #define _tile_loadd(tile, from, apart) tiles_move(tile, (char *)(from), apart, 1)
+#define _tile_stream_loadd(tile, from, apart) _tile_loadd(tile, from, apart)
 #define _tile_stored(tile, to, apart) tiles_move(tile, (char *)(to), apart, 0)
 #define _tile_dpbf16ps(sums, rows, weights) tiles_multiply(sums, rows, weights)
 #endif
