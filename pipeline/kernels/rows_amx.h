@@ -5,46 +5,18 @@
 
 #pragma once
 
+#include "amx.h"
 #include "rows_bfloat16.h"
 
-#define AMX_ROWS 16
-#define AMX_INPUTS 32
-
-#if HAS_BF16 && defined(__AMX_BF16__) && defined(__linux__)
-#define HAS_AMX 1
-#include <sys/syscall.h>
-#include <unistd.h>
-#else
-#define HAS_AMX 0
-#endif
-
 #if HAS_AMX
-// Linux hands the registers out on request, once for all threads of a process (its documentation, arch/x86/xstate.rst).
-static int amx_is_allowed(void) {
-    static int answer = -1; // whichever thread asks, it is the same
-    const int request = 0x1023, tiles = 18; // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    if (answer < 0) answer = syscall(SYS_arch_prctl, request, tiles) == 0;
-    return answer;
-}
-
 // Whether the rows of a layer are multiplied so: always or never, for this sums in another order than other code.
 INLINE int amx_serves(const Packed *layer) {
     const int step = layer->scales ? step_of(layer) : AMX_INPUTS;
     return layer->inputs % AMX_INPUTS == 0 && step % AMX_INPUTS == 0 && amx_is_allowed();
 }
 
-// Tiles for the first of so many rows, two tiles of them at most. Whoever is through with them calls _tile_release, or they are saved with
-// every change of threads.
-INLINE void amx_begin(int num_rows) {
-    struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {
-        .palette = 1, .bytes = {[0 ... 7] = 2 * AMX_INPUTS}, .rows = {[0 ... 7] = AMX_ROWS}};
-    shape.rows[0] = shape.rows[1] = shape.rows[4] = least(num_rows, AMX_ROWS);
-    if (num_rows > AMX_ROWS) shape.rows[2] = shape.rows[3] = shape.rows[5] = least(num_rows - AMX_ROWS, AMX_ROWS);
-    _tile_loadconfig(&shape);
-}
-
 // The products of up to two tiles of rows with a slab: added to their sums, by way of a copy if they are to be scaled, else
-// in place; `is_first` where there are no sums yet. Tiles 0 to 3 are sums, 4 and 5 rows, 6 and 7 weights.
+// in place; `is_first` where there are no sums yet.
 INLINE void amx_products(const char *rows, int64_t apart, int num_rows, const int num_tiles, int step, int is_first,
                          const uint32_t *slab, const float *scale, float (*sums)[BLOCK], Ahead *ahead) {
     float part[2 * AMX_ROWS][BLOCK] __attribute__((aligned(64)));
