@@ -34,7 +34,7 @@ INLINE void amx_products(const char *rows, int64_t apart, int num_rows, const in
             _tile_loadd(3, to[AMX_ROWS] + 16, sizeof *to);
         }
     }
-    // More than a few rows come from the second-level cache past the first, or the slab would not stay there.
+    // Of rows and weights the one is in the first-level cache or to stay there, and what passes by is read past it.
     const char *more_rows = rows + AMX_ROWS * apart;
     for (int k = 0; k < step; k += AMX_INPUTS) {
         const uint32_t *weights = slab + k / 2 * BLOCK;
@@ -42,11 +42,13 @@ INLINE void amx_products(const char *rows, int64_t apart, int num_rows, const in
         if (num_tiles > 1) {
             _tile_stream_loadd(4, rows + 2 * k, apart);
             _tile_stream_loadd(5, more_rows + 2 * k, apart);
+            _tile_loadd(6, weights, BLOCK * sizeof *slab);
+            _tile_loadd(7, weights + 16, BLOCK * sizeof *slab);
         } else {
             _tile_loadd(4, rows + 2 * k, apart);
+            _tile_stream_loadd(6, weights, BLOCK * sizeof *slab);
+            _tile_stream_loadd(7, weights + 16, BLOCK * sizeof *slab);
         }
-        _tile_loadd(6, weights, BLOCK * sizeof *slab);
-        _tile_loadd(7, weights + 16, BLOCK * sizeof *slab);
         _tile_dpbf16ps(0, 4, 6);
         if (num_tiles > 1) _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(1, 4, 7);
