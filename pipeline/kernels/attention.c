@@ -326,8 +326,17 @@ INLINE void attend_pairs(const Shape *shape, int64_t row, const Context *context
 }
 #endif
 
+#include "attention_amx.h"
+#include "attention_prompts.h"
+
 INLINE void attend_row(const Shape *shape, int64_t row, const Context *context, int64_t key_head, int64_t num_key_heads,
                        const int64_t size, int is_bf16) {
+#if HAS_AMX
+    if (is_bf16 && size % 32 == 0 && shape->heads / shape->key_heads <= AMX_LANES && amx_is_allowed()) {
+        attend_matrices(shape, row, context, key_head, num_key_heads, size);
+        return;
+    }
+#endif
 #ifdef __AVX512BF16__
     if (is_bf16 && size % 32 == 0) {
         attend_pairs(shape, row, context, key_head, num_key_heads, size);
@@ -361,5 +370,3 @@ int attend_one(const void *query, const void *keys, const void *values, const in
     }
     return 0;
 }
-
-#include "attention_prompts.h"

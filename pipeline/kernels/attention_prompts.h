@@ -152,6 +152,15 @@ typedef struct {
     float keep[BLOCK_ROWS];
 } Softmax;
 
+#ifdef __AVX512BF16__
+// Numbers of two registers as pairs of bfloat16.
+INLINE word_reg in_turn(reg one, reg other) {
+    const __m512i places = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                            20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return (word_reg)_mm512_permutexvar_epi16(places, (__m512i)_mm512_cvtne2ps_pbh((__m512)other, (__m512)one));
+}
+#endif
+
 // The scores of some places from `begin` on become weights, for one register of rows; in pairs those of two places lie side
 // by side, rounded to bfloat16 as torch's own attention rounds them. The rows are of tokens at the places `own`, which see
 // `window` places; of rows that see all these nothing is looked at. What is no number comes back in the weights.
@@ -185,13 +194,9 @@ INLINE void weigh_rows(float (*scores)[BLOCK_ROWS], int64_t places, float scale,
             if (!in_pairs) *(reg *)(scores[t + i] + row) = weights[i];
         }
 #ifdef __AVX512BF16__
-        const __m512i in_turn = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                                 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
 #pragma GCC unroll 4
-        for (int i = 0; in_pairs && i < at_once; i += 2) { // of places 0 and 1 where those of place 0 were, and so on
-            const __m512i one_by_one = (__m512i)_mm512_cvtne2ps_pbh((__m512)weights[i + 1], (__m512)weights[i]);
-            _mm512_storeu_si512(scores[(t + i) / 2] + row, _mm512_permutexvar_epi16(in_turn, one_by_one));
-        }
+        for (int i = 0; in_pairs && i < at_once; i += 2) // of places 0 and 1 where those of place 0 were, and so on
+            *(word_reg *)(scores[(t + i) / 2] + row) = in_turn(weights[i], weights[i + 1]);
 #endif
     }
     reg keep = before - most;
