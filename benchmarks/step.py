@@ -12,7 +12,6 @@ differences of one in a hundred where separate runs differ by eight.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -26,23 +25,28 @@ from planned import planned
 
 from pipeline.engines.packed_model import PackedModel
 from pipeline.engines.slot_cache import Span
-from pipeline.kernels import attention, packed, rowwise
+from pipeline.kernels import attention, decoder_layer, packed, rowwise
 from pipeline.loading import load_model
+
+_FUNCTIONS: Any = decoder_layer._functions
+_LIBRARIES: list[tuple[ModuleType, Any]] = [(one, one.native_library) for one in (packed, attention, rowwise)]
 
 
 def _kernels(directory: Path) -> Callable[[], None]:
     """Has the kernels in C of a directory computed with, once it is called."""
-    libraries: list[tuple[ModuleType, str, ctypes.CDLL | None]] = []
-    for module, name in ((packed, "native_library"), (attention, "_compiled"), (rowwise, "_library")):
-        own, given = getattr(module, name), module.SOURCE
+    swapped: list[tuple[ModuleType, str, object]] = []
+    for module, load in _LIBRARIES:
+        given = module.SOURCE
         module.SOURCE = directory / given.name
-        libraries.append((module, name, own.__wrapped__()))
+        swapped.append((module, "native_library", load.__wrapped__()))
         module.SOURCE = given
 
     def use() -> None:
-        for module, name, library in libraries:
-            setattr(module, name, lambda library=library: library)
+        for module, name, value in swapped:
+            setattr(module, name, lambda value=value: value)
 
+    use()
+    swapped.append((decoder_layer, "_functions", _FUNCTIONS.__wrapped__()))
     return use
 
 

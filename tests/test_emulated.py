@@ -14,7 +14,7 @@ import pytest
 from pipeline.cache import CACHE_VARIABLE
 
 HERE = Path(__file__).parent
-OF_KERNELS = ("packed", "plain", "attention", "rowwise", "delta_net", "fused")
+OF_KERNELS = ("packed", "plain", "attention", "rowwise", "delta_net", "fused", "decoder_layer")
 
 
 @pytest.mark.slow

@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.engines.slot_cache import SlotCache
 from pipeline.kernels import packed, rowwise
+from pipeline.kernels.decoder_layer import AttentionParts, DecoderLayer, MlpParts, Norm
 from pipeline.kernels.packed import BLOCK
 from pipeline.kernels.plain import PlainWeight
 
@@ -26,8 +27,15 @@ _LEAST_ERROR = 1e-5  # of float32 sums in another order
 
 Forward = Callable[..., Any]
 Project = Callable[["torch.Tensor"], Sequence["torch.Tensor"]]
-# Rows [tokens, hidden] to such, plus others of that shape where there are any. Attention takes positions too.
-OnRows = Callable[..., "torch.Tensor"]
+
+
+class OnRows(NamedTuple):
+    """What a module does to rows, and what native code has to know to do it as a part of a layer."""
+
+    compute: Callable[
+        ..., torch.Tensor
+    ]  # [tokens, hidden] to such, plus others of that shape; attention takes positions
+    parts: AttentionParts | MlpParts | None
 
 
 def fused_forwards(model: torch.nn.Module, cache: SlotCache) -> dict[torch.nn.Module, Forward]:
@@ -47,7 +55,7 @@ def fused_forwards(model: torch.nn.Module, cache: SlotCache) -> dict[torch.nn.Mo
         elif (attention := _attention(module, cache)) is not None:
             on_rows[module] = attention
             forwards[module] = _forward_of_attention(attention)
-        elif (layer := _decoder_layer(module, forwards, on_rows)) is not None:
+        elif (layer := _decoder_layer(module, cache, forwards, on_rows)) is not None:
             forwards[module] = layer
     return forwards
 
@@ -139,17 +147,19 @@ def _gated_mlp(module: Any) -> OnRows | None:
         return None
     if type(module.act_fn).__name__ not in ("SiLUActivation", "SiLU"):
         return None
-    gates, down = _gates(module.gate_proj, module.up_proj), _product(module.down_proj)
+    layers = module.gate_proj, module.up_proj, module.down_proj
+    gates, down = _gates(*layers[:2]), _product(layers[2])
+    in_blocks = all(map(_in_blocks, layers)) and layers[0].form == layers[1].form
 
-    def on_rows(rows: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    def compute(rows: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         return down(gates(rows), residual)
 
-    return on_rows
+    return OnRows(compute, MlpParts(*(layer.layer() for layer in layers)) if in_blocks else None)
 
 
-def _forward_of_mlp(on_rows: OnRows) -> Forward:
+def _forward_of_mlp(mlp: OnRows) -> Forward:
     def forward(hidden_states: torch.Tensor) -> torch.Tensor:
-        return on_rows(hidden_states.reshape(-1, hidden_states.shape[-1]), None).view(*hidden_states.shape[:-1], -1)
+        return mlp.compute(hidden_states.reshape(-1, hidden_states.shape[-1]), None).view(*hidden_states.shape[:-1], -1)
 
     return forward
 
@@ -170,9 +180,19 @@ def _attention(module: Any, cache: SlotCache) -> OnRows | None:
     query_norm, key_norm = (None if found is None else found[0] for found in norms)
     epsilon = next((found[1] for found in norms if found is not None), 0.0)
     window = getattr(module, "sliding_window", None)
-    project, output = _side_by_side(module.q_proj, module.k_proj, module.v_proj), _product(module.o_proj)
+    projections, layers = (module.q_proj, module.k_proj, module.v_proj), None
+    project, joined = _side_by_side(*projections)
+    if joined is not None:
+        layers = [joined]
+    elif all(map(_in_blocks, projections)):
+        layers = [layer.layer() for layer in projections]
+    output, parts = _product(module.o_proj), None
+    if layers is not None and _in_blocks(module.o_proj) and len({layer.out_features for layer in projections[1:]}) == 1:
+        heads, key_heads = (layer.out_features // size for layer in projections[:2])
+        how = ((query_norm, key_norm), epsilon, heads, key_heads, size, module.scaling, window)
+        parts = AttentionParts(layers, module.o_proj.layer(), *how)
 
-    def on_rows(
+    def compute(
         rows: torch.Tensor, residual: torch.Tensor | None, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         query, key, value = project(rows)
@@ -185,36 +205,57 @@ def _attention(module: Any, cache: SlotCache) -> OnRows | None:
         attended = cache.attend_to(rotated, *pools, module.scaling, window)
         return output(attended.flatten(1), residual)
 
-    return on_rows
+    return OnRows(compute, parts)
 
 
-def _forward_of_attention(on_rows: OnRows) -> Forward:
+def _forward_of_attention(attention: OnRows) -> Forward:
     def forward(
         hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: Any
     ) -> tuple[torch.Tensor, None]:
-        return on_rows(hidden_states[0], None, position_embeddings).unsqueeze(0), None
+        return attention.compute(hidden_states[0], None, position_embeddings).unsqueeze(0), None
 
     return forward
 
 
 def _decoder_layer(
-    module: Any, forwards: dict[torch.nn.Module, Forward], on_rows: dict[torch.nn.Module, OnRows]
+    module: Any, cache: SlotCache, forwards: dict[torch.nn.Module, Forward], on_rows: dict[torch.nn.Module, OnRows]
 ) -> Forward | None:
     """x = x + attention(norm(x)), then x + mlp(norm(x)), of parts that are themselves computed in fewer passes."""
     parts = dict(module.named_children())
     if parts.keys() != {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}:
         return None
-    attend, mlp = on_rows.get(parts["self_attn"]), on_rows.get(parts["mlp"])
+    attends, mlp = on_rows.get(parts["self_attn"]), on_rows.get(parts["mlp"])
     before, between = (_rms_norm(parts[name]) for name in ("input_layernorm", "post_attention_layernorm"))
-    if any(part not in forwards for part in parts.values()) or not (attend and mlp and before and between):
+    if any(part not in forwards for part in parts.values()) or not (attends and mlp and before and between):
         return None
+    attention_parts, mlp_parts = attends.parts, mlp.parts
+    dtype = parts["input_layernorm"].weight.dtype
+    if (
+        isinstance(attention_parts, AttentionParts)
+        and isinstance(mlp_parts, MlpParts)
+        and DecoderLayer.is_served(attention_parts, mlp_parts, dtype)
+    ):
+        layer = DecoderLayer(Norm(*before), attention_parts, Norm(*between), mlp_parts, dtype)
+        return _forward_of_layer(layer, cache, parts["self_attn"].layer_idx, attention_parts)
 
     def forward(
         hidden_states: torch.Tensor, *_: Any, position_embeddings: tuple[torch.Tensor, torch.Tensor], **__: Any
     ) -> torch.Tensor:
         rows = hidden_states[0]
-        rows = attend(rowwise.norm(rows, *before), rows, position_embeddings)
-        return mlp(rowwise.norm(rows, *between), rows).unsqueeze(0)
+        rows = attends.compute(rowwise.norm(rows, *before), rows, position_embeddings)
+        return mlp.compute(rowwise.norm(rows, *between), rows).unsqueeze(0)
+
+    return forward
+
+
+def _forward_of_layer(layer: DecoderLayer, cache: SlotCache, index: int, attends: AttentionParts) -> Forward:
+    shape = attends.key_heads, attends.size
+
+    def forward(
+        hidden_states: torch.Tensor, *_: Any, position_embeddings: tuple[torch.Tensor, torch.Tensor], **__: Any
+    ) -> torch.Tensor:
+        rows = hidden_states[0]
+        return layer(rows, cache.rows, position_embeddings, cache.pools(index, rows, shape, shape)).unsqueeze(0)
 
     return forward
 
@@ -231,7 +272,7 @@ def _gates(gate: Any, up: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """silu(gate(x)) * up(x) for rows [rows, inputs]."""
     if _in_blocks(gate) and _in_blocks(up) and gate.form == up.form:
         return partial(packed.multiply, layer=gate.layer(), up=up.layer())
-    project = _side_by_side(gate, up)
+    project, _ = _side_by_side(gate, up)
     return lambda rows: rowwise.gated(*project(rows))
 
 
@@ -244,10 +285,11 @@ def _in_blocks(layer: Any) -> bool:
     return is_ours and not hasattr(layer, "_hf_hook") and packed.native_library() is not None
 
 
-def _side_by_side(*layers: Any) -> Project:
+def _side_by_side(*layers: Any) -> tuple[Project, packed.Layer | None]:
     """The outputs of several layers for the same rows [rows, inputs], each [rows, outputs] with dense rows.
 
-    One product, where they are of one plain kind; packed ones are called one by one.
+    One product, where they are of one plain kind; packed ones are called one by one. Also the layer that gives all of
+    them, where native code has such and needs nothing else.
     """
     import torch
 
@@ -257,11 +299,11 @@ def _side_by_side(*layers: Any) -> Project:
     first: Any = layers[0]
     sizes = [layer.out_features for layer in layers]
     if len(kinds) > 1 or hasattr(first, "_hf_hook"):
-        return lambda rows: [layer(rows) for layer in layers]
+        return (lambda rows: [layer(rows) for layer in layers]), None
     bias = None if first.bias is None else torch.cat([layer.bias.detach() for layer in layers])
     if type(first) is torch.nn.Linear and len({layer.weight.dtype for layer in layers}) == 1:
         weight = _joined(layer.weight for layer in layers)
-        return lambda rows: torch.nn.functional.linear(rows, weight, bias).split(sizes, dim=-1)
+        return (lambda rows: torch.nn.functional.linear(rows, weight, bias).split(sizes, dim=-1)), None
     in_whole_blocks = type(first) is PlainLinear and not any(size % BLOCK for size in sizes)
     if in_whole_blocks and len(bits := {layer.bits for layer in layers}) == 1:
         joined = PlainWeight(_joined(layer.blocks for layer in layers), sum(sizes), bits.pop()).layer()
@@ -270,8 +312,8 @@ def _side_by_side(*layers: Any) -> Project:
             output = packed.multiply(rows, joined)
             return (output if bias is None else output.add_(bias)).split(sizes, dim=-1)
 
-        return project
-    return lambda rows: [layer(rows) for layer in layers]
+        return project, joined if bias is None else None
+    return (lambda rows: [layer(rows) for layer in layers]), None
 
 
 def _joined(tensors: Iterator[Any]) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.engines.memory import give_back_freed_memory
 from pipeline.kernels.attention import ALIKE_TOKENS, attend_one, attend_prompts
+from pipeline.kernels.decoder_layer import Rows
 
 if TYPE_CHECKING:
     import torch
@@ -121,9 +122,32 @@ class SlotCache:
 
     def __init__(self, *, row_by_row: bool = False) -> None:
         self._row_by_row = row_by_row
-        self.step: Step | None = None
+        self._step: Step | None = None
+        self._rows: Rows | None = None
         self.num_tokens = 0
         self._pools: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def step(self) -> Step | None:
+        """What is computed now."""
+        return self._step
+
+    @step.setter
+    def step(self, step: Step | None) -> None:
+        self._step, self._rows = step, None
+
+    @property
+    def rows(self) -> Rows:
+        """The step's rows as native code takes them."""
+        if self._rows is None:
+            step = self._step
+            assert step is not None
+            if self._row_by_row and step.prefill:
+                self._rows = Rows(step.places, step.token_starts, step.token_lengths, None, None)
+            else:
+                spans = step.spans if step.prefill else None
+                self._rows = Rows(step.places, step.starts, step.lengths, step.alike, spans)
+        return self._rows
 
     def resize(self, num_tokens: int) -> None:
         """Hold so many tokens, and one of nobody after them; what was held is lost if that is another number."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SOURCE = Path(__file__).with_name("attention.c")
 ALIKE_TOKENS = 32  # whole tiles of the native code
+MOST_SIZE, MOST_GROUP = 512, 64  # of a head, and of heads that share a key head, that native code has room for
 
 
 def attend_one(
@@ -115,11 +116,12 @@ def _library(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> c
 
     if query.device.type != "cpu" or keys.shape != values.shape or query.dtype not in (torch.float32, torch.bfloat16):
         return None
-    return _compiled()
+    return native_library()
 
 
 @cache
-def _compiled() -> ctypes.CDLL | None:
+def native_library() -> ctypes.CDLL | None:
+    """The compiled functions, or None where they cannot be had."""
     library = native(SOURCE).library
     if library is None:
         return None

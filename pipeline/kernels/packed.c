@@ -77,10 +77,8 @@ INLINE int64_t take(Queue *queues, int num_threads, int thread) {
 INLINE void gate_block(float *gates, const float *ups) {
     reg *gate = (reg *)gates;
     const reg *up = (const reg *)ups;
-    reg powers[BLOCK / REGISTER];
-    for (int part = 0; part < BLOCK / REGISTER; part++) powers[part] = gate[part] * -1.44269504f;
-    exp2_registers(powers, BLOCK / REGISTER);
-    for (int part = 0; part < BLOCK / REGISTER; part++) gate[part] = gate[part] / (1.0f + powers[part]) * up[part];
+    silu_registers(gate, BLOCK / REGISTER);
+    for (int part = 0; part < BLOCK / REGISTER; part++) gate[part] *= up[part];
 }
 
 // `count` numbers of a block of the residual are added to its sums.

@@ -107,7 +107,8 @@ class Layer:
         self.num_outputs, self.num_inputs, self.int8 = num_outputs, num_inputs, int8
         group = num_inputs if scales is None else num_inputs // scales.shape[-2]
         places = (codes.data_ptr(), None if scales is None else scales.data_ptr())
-        self.described = ctypes.byref(_Packed(*places, num_outputs, num_inputs, bits, group, stride))
+        self.description = Description(*places, num_outputs, num_inputs, bits, group, stride)
+        self.described = ctypes.byref(self.description)
 
     def row_type(self, dtype: torch.dtype) -> torch.dtype:
         """What native code takes rows of this type in."""
@@ -250,7 +251,9 @@ def has_bfloat16() -> bool:
     return library is not None and bool(library.packed_has_bf16())
 
 
-class _Packed(ctypes.Structure):
+class Description(ctypes.Structure):
+    """What native code knows of a layer (`Packed` of blocks.h)."""
+
     _fields_ = (
         ("codes", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
@@ -268,7 +271,7 @@ def native_library() -> ctypes.CDLL | None:
     library = native(SOURCE).library
     if library is None:
         return None
-    layer, pointer, number, switch = ctypes.POINTER(_Packed), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    layer, pointer, number, switch = ctypes.POINTER(Description), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.packed_linear.argtypes = (layer, pointer, number, pointer, pointer, switch, switch)
     library.packed_gated.argtypes = (layer, layer, pointer, number, pointer, switch, switch)
     library.packed_experts.argtypes = (

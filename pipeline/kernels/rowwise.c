@@ -3,6 +3,7 @@
 // Numbers are float32 or bfloat16 (`is_bf16`), computed in float32 and rounded once. Rows never see each other.
 
 #include "lanes.h"
+#include "rotation.h"
 
 #define LEAST_WORK 16384 // numbers; waking another thread for fewer takes longer than the work
 #define ROWS_AHEAD 2     // whose places in the pools are asked for: they lie anywhere
@@ -45,7 +46,7 @@ void gated(const void *gate, const void *up, int64_t stride, int64_t rows, int64
             vec other = is_bf16 ? load_any(up, row * stride + at, count, 1) : load_any(up, row * stride + at, count, 0);
             reg parts[LANES / REGISTER];
             memcpy(parts, &product, sizeof parts);
-            for (int i = 0; i < LANES / REGISTER; i++) parts[i] = parts[i] / (1.0f + exp_register(-parts[i]));
+            silu_registers(parts, LANES / REGISTER);
             memcpy(&product, parts, sizeof parts);
             product *= other;
             if (is_bf16) store_any(out, row * size + at, product, count, 1);
@@ -81,16 +82,6 @@ INLINE void put_head(const float *head, int64_t size, void *out, int64_t at, con
         store_any(out, at + i, load_float(head + i, count), count, is_bf16);
     }
 }
-
-typedef struct {
-    const void *query, *key, *value;     // rows of heads, `stride` numbers apart
-    const void *cosine, *sine;           // [rows, rotated]
-    const float *query_norm, *key_norm;  // [size], or none
-    const int64_t *places;               // of the rows in the pools
-    void *out, *keys, *values;           // query [rows, heads, size]; pools [.., key_heads, size]
-    int64_t query_stride, key_stride, value_stride, rows, heads, key_heads, size, rotated;
-    float epsilon;
-} Rotation;
 
 INLINE void rotate_row(const Rotation *r, int64_t row, const int is_bf16) {
     float head[r->size];

@@ -25,7 +25,7 @@ def available(tensor: Tensor) -> bool:
     import torch
 
     is_served = tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16)
-    return is_served and _library() is not None
+    return is_served and native_library() is not None
 
 
 def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -120,13 +120,14 @@ class _Rotation(ctypes.Structure):
 
 
 def _loaded() -> ctypes.CDLL:
-    library = _library()
+    library = native_library()
     assert library is not None  # `available` has said so
     return library
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
+def native_library() -> ctypes.CDLL | None:
+    """The compiled functions, or None where they cannot be had."""
     library = native(SOURCE).library
     if library is None:
         return None
