@@ -1,4 +1,4 @@
-"""A layer as one call of native code gives the bits that the calls of its parts give, and fills the pools as they do."""
+"""A layer as one call of native code gives the bits of the calls of its parts, and fills the pools as they do."""
 
 from collections.abc import Callable
 
