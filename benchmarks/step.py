@@ -96,7 +96,8 @@ def main() -> None:
             model.copy(first, Span(row, 0, places - 1, row * places, 0), places - 1)
         for count in given.rows:
             decoding = [Span(row, row, 1, row * places, places - 1, 0, given.alike) for row in range(count)]
-            step = partial(model.forward, [7] * count, decoding, [], range(count))
+            tokens = [100 + row * 37 % 900 for row in range(count)]  # experts differ from row to row
+            step = partial(model.forward, tokens, decoding, [], range(count))
             _time(f"{count} rows", count, step, given.repeats, versions)
         prompt = Span(0, 0, length, 0, 0)
         ids = [100 + place % 900 for place in range(length)]
