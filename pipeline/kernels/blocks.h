@@ -19,7 +19,7 @@
 #define CHUNK 192 // rows that pass by a slab; bounds what lies on the stack
 #define TILE_ROWS 6 // rows of two registers whose sums fit the registers together, of which there are at least 16
 
-// `lines` of 64 bytes that are asked for in equal parts: a processor has only so many on their way at once.
+// `lines` of 64 bytes that are asked for in parts: a processor has only so many on their way at once.
 typedef struct {
     const char *from;
     int lines, part, num_parts;

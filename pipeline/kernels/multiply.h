@@ -54,7 +54,6 @@ INLINE void all_tiles(const Packed *layer, const Slab *slab, const void *const *
 #if HAS_AMX
     if (kind == AMX) {
         const float *scale = layer->scales ? slab->scale : NULL;
-        ahead.num_parts = amx_passes(num_rows, slab->step);
         amx_slab(layer, rows[0], num_rows, slab->first, slab->step, slab->made, scale, sums, &ahead);
         return;
     }

@@ -15,6 +15,13 @@ INLINE int amx_serves(const Packed *layer) {
     return layer->inputs % AMX_INPUTS == 0 && step % AMX_INPUTS == 0 && amx_is_allowed();
 }
 
+// A few lines of the next slab, into the second-level cache: the first has this one, and more at a time than memory gives
+// would have the rows wait.
+INLINE void amx_ask(Ahead *ahead) {
+    for (int line = 0; line < 4 && ahead->part < ahead->lines; line++, ahead->part++)
+        __builtin_prefetch(ahead->from + 64 * ahead->part, 0, 2);
+}
+
 // The products of up to two tiles of rows with a slab: added to their sums, by way of a copy if they are to be scaled, else
 // in place; `is_first` where there are no sums yet.
 INLINE void amx_products(const char *rows, int64_t apart, int num_rows, const int num_tiles, int step, int is_first,
@@ -38,7 +45,7 @@ INLINE void amx_products(const char *rows, int64_t apart, int num_rows, const in
     const char *more_rows = rows + AMX_ROWS * apart;
     for (int k = 0; k < step; k += AMX_INPUTS) {
         const uint32_t *weights = slab + k / 2 * BLOCK;
-        if (ahead->num_parts) ask(ahead);
+        amx_ask(ahead);
         if (num_tiles > 1) {
             _tile_stream_loadd(4, rows + 2 * k, apart);
             _tile_stream_loadd(5, more_rows + 2 * k, apart);
@@ -62,12 +69,6 @@ INLINE void amx_products(const char *rows, int64_t apart, int num_rows, const in
     }
     for (int row = 0; scale && row < num_rows; row++)
         for (int i = 0; i < BLOCK; i += REGISTER) add_scaled(sums[row] + i, *(const reg *)(part[row] + i), scale + i);
-}
-
-// How often a part of what follows is asked for; 0 where the processor sees by itself in time what will be needed.
-INLINE int amx_passes(int num_rows, int step) {
-    const int pairs = num_rows / (2 * AMX_ROWS);
-    return pairs > 3 ? pairs * (step / AMX_INPUTS) : 0;
 }
 
 // All rows of a chunk times a slab of pairs, from the inputs `first` on; `scale` is NULL for plain weights.
