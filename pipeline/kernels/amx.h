@@ -21,14 +21,27 @@ static int amx_is_allowed(void) {
     return answer;
 }
 
+// Shapes of the eight tiles.
+typedef struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16]; // of a row
+    uint8_t rows[16];
+} AmxShape;
+
+#define AMX_WHOLE_TILES {.palette = 1, .bytes = {[0 ... 7] = 2 * AMX_INPUTS}, .rows = {[0 ... 7] = AMX_ROWS}}
+
+INLINE void amx_configure(const AmxShape *shape) {
+    __asm__ volatile("" : : "r"(shape) : "memory"); // compilers do not know how much of it is read
+    _tile_loadconfig(shape);
+}
+
 // Tiles for products of up to 32 rows with 32 columns: 0 to 3 are sums, two of columns for each of rows, 4 and 5 rows, 6 and
 // 7 columns. Whoever is through with them calls _tile_release, or they are saved with every change of threads.
 INLINE void amx_begin(int num_rows) {
-    struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {
-        .palette = 1, .bytes = {[0 ... 7] = 2 * AMX_INPUTS}, .rows = {[0 ... 7] = AMX_ROWS}};
+    AmxShape shape = AMX_WHOLE_TILES;
     shape.rows[0] = shape.rows[1] = shape.rows[4] = least(num_rows, AMX_ROWS);
     if (num_rows > AMX_ROWS) shape.rows[2] = shape.rows[3] = shape.rows[5] = least(num_rows - AMX_ROWS, AMX_ROWS);
-    _tile_loadconfig(&shape);
+    amx_configure(&shape);
 }
 #else
 #define HAS_AMX 0

@@ -15,10 +15,9 @@
 // Tiles 0 and 1 are scores of 16 places each, 2 keys, 3 queries; 4 the weights of the heads of a key head, 5 and 6 their
 // sums, 7 values.
 INLINE void amx_begin_single(int64_t group) {
-    struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {
-        .palette = 1, .bytes = {[0 ... 7] = 2 * AMX_INPUTS}, .rows = {[0 ... 7] = AMX_ROWS}};
+    AmxShape shape = AMX_WHOLE_TILES;
     shape.rows[4] = shape.rows[5] = shape.rows[6] = group;
-    _tile_loadconfig(&shape);
+    amx_configure(&shape);
 }
 
 // Queries of some key heads: for each of them and 32 numbers, 16 pairs below each other of each lane.
