@@ -1,7 +1,7 @@
 // Attention of single tokens in the matrix unit of AMX, in bfloat16; part of attention.c.
 //
-// Up to 16 heads of a row, of whole key heads, are the lanes of a register. Keys are taken as they lie: a tile has 16 places of
-// one key head, and is multiplied with a matrix of queries whose other lanes are zeros, so that the products of all key
+// Up to 16 heads of a row, of whole key heads, are the lanes of a register. Keys are taken as they lie: a tile has 16 places
+// of one key head, and is multiplied with a matrix of queries whose other lanes are zeros, so that the products of all key
 // heads add up to one register of scores for each place. Softmax is that of attention_prompts.h. Weights are rounded to
 // bfloat16 and turned on their side, and values lie in pairs, as everywhere.
 
@@ -67,7 +67,8 @@ INLINE void attend_matrices(const Shape *shape, int64_t row, const Context *cont
             _tile_zero(1);
             for (int64_t head = from; head < from + together; head++) {
                 int64_t apart;
-                const uint16_t *keys = keys_in_pairs(all_keys + at + head * size, stride, 0, count, size, some_keys, &apart, TILE);
+                const uint16_t *keys = all_keys + at + head * size;
+                keys = keys_in_pairs(keys, stride, 0, count, size, some_keys, &apart, TILE);
                 __asm__ volatile("" : : "r"(keys), "r"(queries) : "memory"); // tiles are loaded from what is written before
                 for (int64_t step = 0; step < steps; step++) {
                     FETCH;

@@ -49,7 +49,8 @@ typedef struct {
 int decoder_layer(const Functions *call, const DecoderLayer *layer, const Rows *rows, const Context *context, const void *x,
                   void *out, int64_t threads) {
     const int64_t number = layer->is_bf16 ? 2 : 4, num_rows = rows->num_rows, hidden = layer->output.layer.outputs;
-    const int64_t width = layer->heads * layer->size, key_width = layer->key_heads * layer->size, inner = layer->gate.layer.outputs;
+    const int64_t width = layer->heads * layer->size, key_width = layer->key_heads * layer->size;
+    const int64_t inner = layer->gate.layer.outputs;
     const int64_t sizes[] = {hidden, width + 2 * key_width, width, width, hidden, inner};
     enum { NORMED, PROJECTED, ROTATED, ATTENDED, BETWEEN, INNER, NUM_PARTS };
     char *parts[NUM_PARTS];
