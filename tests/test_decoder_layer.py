@@ -60,6 +60,7 @@ def test_a_layer_gives_the_bits_of_its_parts(
     own, others = [pool.clone() for pool in pools], [pool.clone() for pool in pools]
 
     rows = Rows(places, starts, lengths, None, spans)
+    rows.room(1 << 20).fill_(255)  # NaN in every type: nothing of another layer is read
     found = DecoderLayer(first, attends, second, mlp, dtype)(x, rows, angles, (own[0], own[1]))
 
     normal = rowwise.norm(x, *first)

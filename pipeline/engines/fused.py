@@ -30,11 +30,12 @@ Project = Callable[["torch.Tensor"], Sequence["torch.Tensor"]]
 
 
 class OnRows(NamedTuple):
-    """What a module does to rows, and what native code has to know to do it as a part of a layer."""
+    """What a module does to rows, and what native code has to know to do it as a part of a layer.
 
-    compute: Callable[
-        ..., torch.Tensor
-    ]  # [tokens, hidden] to such, plus others of that shape; attention takes positions
+    Rows [tokens, hidden] become such, plus others of that shape where there are any. Attention takes positions too.
+    """
+
+    compute: Callable[..., torch.Tensor]
     parts: AttentionParts | MlpParts | None
 
 

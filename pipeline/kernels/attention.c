@@ -16,7 +16,7 @@
 #define TILE 32      // places of a tile of single tokens in pairs of bfloat16, ALIKE_TOKENS of attention.py
 #define FEW 16       // and in float32
 #define FEW_BYTES 12288 // of its keys, and of its values: both stay in a first-level cache of 32 KiB
-#define MOST_SIZE 512 // of a head
+#define MOST_SIZE 512 // of a head; this and the next as in attention.py
 #define MOST_GROUP 64 // heads that share a key head
 #define SUMS 8       // registers of sums side by side: fewer would wait for each other
 

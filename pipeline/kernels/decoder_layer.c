@@ -1,9 +1,7 @@
 // A decoder layer in one call: y = x + attention(norm(x)), and y + mlp(norm(y)). Nothing is computed here: the functions of
-// the other libraries are called one after the other, with memory for what lies between. From Python each call costs as much
+// the other libraries are called one after the other, in memory that all layers of a step use. From Python each call costs as much
 // as a few rows of a small layer, and lets the threads fall asleep in between. Compiled by native.py, called by
 // decoder_layer.py.
-
-#include <stdlib.h>
 
 #include "blocks.h"
 #include "rotation.h"
@@ -45,23 +43,36 @@ typedef struct {
     void *keys, *values;
 } Context;
 
-// x, out [rows, hidden], which must not overlap; 0, or 1 where memory ran out.
+enum { NORMED, PROJECTED, ROTATED, ATTENDED, BETWEEN, INNER, NUM_PARTS }; // what lies between the calls
+
+// Where so many rows of each part begin; gives the bytes of all.
+static int64_t lay_out(const DecoderLayer *layer, int64_t num_rows, int64_t *places) {
+    const int64_t width = layer->heads * layer->size, key_width = layer->key_heads * layer->size;
+    const int64_t hidden = layer->output.layer.outputs, inner = layer->gate.layer.outputs;
+    const int64_t sizes[NUM_PARTS] = {hidden, width + 2 * key_width, width, width, hidden, inner};
+    int64_t all = 0;
+    for (int part = 0; part < NUM_PARTS; part++) {
+        places[part] = all;
+        all += rounded_up(num_rows * sizes[part] * (layer->is_bf16 ? 2 : 4), 64);
+    }
+    return all;
+}
+
+// The bytes that a layer needs for what lies between its calls.
+int64_t decoder_layer_bytes(const DecoderLayer *layer, int64_t num_rows) {
+    int64_t places[NUM_PARTS];
+    return lay_out(layer, num_rows, places);
+}
+
+// x, out [rows, hidden], which must not overlap; `room` has decoder_layer_bytes. 0, or 1 where memory ran out.
 int decoder_layer(const Functions *call, const DecoderLayer *layer, const Rows *rows, const Context *context, const void *x,
-                  void *out, int64_t threads) {
+                  char *room, void *out, int64_t threads) {
     const int64_t number = layer->is_bf16 ? 2 : 4, num_rows = rows->num_rows, hidden = layer->output.layer.outputs;
     const int64_t width = layer->heads * layer->size, key_width = layer->key_heads * layer->size;
-    const int64_t inner = layer->gate.layer.outputs;
-    const int64_t sizes[] = {hidden, width + 2 * key_width, width, width, hidden, inner};
-    enum { NORMED, PROJECTED, ROTATED, ATTENDED, BETWEEN, INNER, NUM_PARTS };
+    int64_t places[NUM_PARTS];
     char *parts[NUM_PARTS];
-    int64_t all = 0;
-    for (int part = 0; part < NUM_PARTS; part++) all += rounded_up(num_rows * sizes[part] * number, 64);
-    char *room = aligned_alloc(64, all), *place = room;
-    if (!room) return 1;
-    for (int part = 0; part < NUM_PARTS; part++) {
-        parts[part] = place;
-        place += rounded_up(num_rows * sizes[part] * number, 64);
-    }
+    lay_out(layer, num_rows, places);
+    for (int part = 0; part < NUM_PARTS; part++) parts[part] = room + places[part];
 
     call->norm(x, layer->first_norm, layer->first_epsilon, num_rows, hidden, parts[NORMED], layer->is_bf16, threads);
     int failed = 0;
@@ -100,6 +111,5 @@ int decoder_layer(const Functions *call, const DecoderLayer *layer, const Rows *
     failed |= call->gated(&layer->gate.layer, &layer->up.layer, parts[NORMED], num_rows, parts[INNER], layer->gate.kind,
                           threads);
     failed |= call->linear(&layer->down.layer, parts[INNER], num_rows, parts[BETWEEN], out, layer->down.kind, threads);
-    free(room);
     return failed;
 }

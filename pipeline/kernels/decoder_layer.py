@@ -56,7 +56,8 @@ class Rows:
     """Which rows of a step are of what, for all its layers: first single tokens of sequences, then parts of prompts.
 
     `places` int64 [rows] in the pools; `starts`, `lengths` and `alike` as `attention.attend_one` takes them, `spans` as
-    `attention.attend_prompts` does. It may be used as long as these tensors are not written to.
+    `attention.attend_prompts` does. It may be used as long as these tensors are not written to, by one layer at a time:
+    what a layer computes in between lies where it lay for the one before.
     """
 
     def __init__(
@@ -64,10 +65,19 @@ class Rows:
     ) -> None:
         self._tensors = places, starts, lengths, alike, spans  # that they stay
         self.num_rows = len(places)
+        self._room: Tensor | None = None
         addresses = (None if tensor is None else tensor.data_ptr() for tensor in self._tensors)
         self.described = ctypes.byref(
             _Rows(*addresses, self.num_rows, len(starts), 0 if spans is None else len(spans)),
         )
+
+    def room(self, num_bytes: int) -> Tensor:
+        """At least so many bytes, uint8, whatever is in them."""
+        import torch
+
+        if self._room is None or len(self._room) < num_bytes:
+            self._room = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._room
 
 
 class DecoderLayer:
@@ -118,6 +128,7 @@ class DecoderLayer:
             rows.described,
             ctypes.byref(context),
             x.data_ptr(),
+            rows.room(library.decoder_layer_bytes(ctypes.byref(self._described), rows.num_rows)).data_ptr(),
             out.data_ptr(),
             torch.get_num_threads(),
         )
@@ -187,6 +198,7 @@ class _Context(ctypes.Structure):
 def _library() -> ctypes.CDLL | None:
     library = native(SOURCE).library
     if library is not None:
-        pointer = ctypes.c_void_p
-        library.decoder_layer.argtypes = (*[pointer] * 6, ctypes.c_int64)
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        library.decoder_layer.argtypes = (*[pointer] * 7, number)
+        library.decoder_layer_bytes.argtypes, library.decoder_layer_bytes.restype = (pointer, number), number
     return library
